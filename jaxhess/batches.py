@@ -1,0 +1,82 @@
+"""Many batches as one: the loss is the mean over all their examples."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+PyTree = Any
+
+
+def leading_axis(batch: PyTree) -> int:
+    """The number of examples of a batch: the leading axis that all its arrays share.
+
+    Raises:
+      ValueError: if the batch has no arrays, or they do not share a leading axis.
+    """
+    shapes = {jax.tree_util.keystr(path): np.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(batch)}
+    sizes = {shape[0] if shape else None for shape in shapes.values()}
+    if len(sizes) != 1 or None in sizes:
+        raise ValueError(
+            f"the arrays of the batch share no leading axis ({shapes or 'it has none'}), so its number of examples "
+            f"is unknown; say it with Batches(batches, size=lambda batch: ...)"
+        )
+    return sizes.pop()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batches:
+    """Many batches in place of one: every result is the mean over all their examples, a ragged last one included.
+
+    Takes the memory of one batch. The batches are read afresh at each product, in a loop on the host, so that an
+    operator made from them cannot run under ``jit`` and says so.
+
+    Args:
+      batches: an iterable that can be read again and again: a list, or an object whose ``__iter__`` starts anew.
+      size: ``size(batch) -> int``, the number of examples; by default the leading axis that all arrays share.
+
+    Raises:
+      TypeError: if ``batches`` can be read only once (a generator), or is no iterable.
+
+    Example:
+      >>> import numpy as np, jaxhess as jh
+      >>> images = np.zeros((10, 8, 8), np.float32)
+      >>> len(list(jh.Batches([images[:4], images[4:8], images[8:]])))
+      3
+    """
+
+    batches: Iterable[PyTree]
+    size: Callable[[PyTree], int] = leading_axis
+
+    def __post_init__(self):
+        if not isinstance(self.batches, Iterable):
+            raise TypeError(f"Batches takes an iterable of batches, got {type(self.batches).__name__}")
+        if iter(self.batches) is self.batches:
+            raise TypeError(
+                f"Batches reads its batches once for each product, and a {type(self.batches).__name__} can be read "
+                f"only once; give a list, or an object whose __iter__ starts anew"
+            )
+
+    def __iter__(self) -> Iterator[PyTree]:
+        return iter(self.batches)
+
+    def weighted(self) -> Iterator[tuple[int, PyTree]]:
+        """Pairs (number of examples, batch); ValueError where there are no batches or an empty one."""
+        empty = True
+        for number, batch in enumerate(self.batches):
+            size = int(self.size(batch))
+            if size < 1:
+                raise ValueError(f"batch {number} has {size} examples; leave empty batches out")
+            empty = False
+            yield size, batch
+        if empty:
+            raise ValueError("Batches holds no batches; an exhausted or empty iterable has no mean")
+
+
+def first_batch(batch: PyTree) -> PyTree:
+    """The batch itself, or the first of many."""
+    return next(batch.weighted())[1] if isinstance(batch, Batches) else batch

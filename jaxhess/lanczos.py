@@ -1,0 +1,300 @@
+"""The Lanczos recurrence on pytrees: A Q = Q T + r e_k', with Ritz values and vectors from T.
+
+The basis is a pytree of leaves stacked along a leading axis, (steps, *leaf.shape): it shards like the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import scipy.linalg
+
+from jaxhess.operators import apply_stacked, as_partial, runs_on_host
+from jaxhess.trace import check_count
+
+PyTree = Any
+
+
+class Tridiagonal(NamedTuple):
+    """What `lanczos` found: T with diagonal ``alphas`` and off-diagonal ``betas[:-1]``.
+
+    Attributes:
+      alphas: (m,), the diagonal of T = Q' A Q.
+      betas: (m,), the off-diagonal; the last is the norm of the remainder r, 0 where the recurrence broke down.
+      num_steps: the steps that count; fewer than asked for after a breakdown or beyond the dimension.
+      basis: pytree of (m, *leaf.shape), orthonormal rows; None without reorthogonalisation.
+    """
+
+    alphas: jax.Array
+    betas: jax.Array
+    num_steps: jax.Array | int
+    basis: PyTree | None
+
+
+class _State(NamedTuple):
+    step: jax.Array
+    alphas: jax.Array
+    betas: jax.Array
+    scale: jax.Array  # the largest coefficient so far: what "zero" is measured against
+    alive: jax.Array  # False after a breakdown without restart
+    num_valid: jax.Array
+    vector: PyTree  # q_j, the direction of the next product; zero after a breakdown
+    previous: PyTree | None  # q_{j-1}, where no basis is kept
+
+
+def lanczos(
+    operator: Callable[[PyTree], PyTree],
+    start: PyTree,
+    num_steps: int,
+    *,
+    reorthogonalize: bool = True,
+    restart_key: jax.Array | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tridiagonal:
+    """Lanczos's recurrence from a start vector.
+
+    With ``reorthogonalize`` each new vector is orthogonalised twice against all earlier ones, and Ritz values have
+    no ghosts; memory is that of ``num_steps`` vectors. Without, three vectors are held: enough for a density, for
+    ghost copies share the weight of the eigenvalue that they copy.
+
+    Outside ``jit`` it is a host loop over a compiled step, which is the quicker form on a CPU (convolutions inside
+    a compiled loop run several times slower there) and stops at a breakdown. Under ``jit`` it becomes a compiled
+    loop; steps after a breakdown then count as zeros, and ``num_steps`` of the result says how many are real.
+
+    Args:
+      operator: a symmetric v -> A v; over `Batches` only outside ``jit``.
+      start: a pytree of floating-point arrays, not zero; it need not be normalised.
+      num_steps: steps; at most the dimension are taken.
+      reorthogonalize: keep and use the basis.
+      restart_key: with a JAX random key, a breakdown (an invariant subspace is exhausted) continues with a random
+        vector orthogonal to the basis, which finds repeated eigenvalues; needs the basis.
+      progress: ``progress(done, num_steps)``, called after each step of the host loop.
+
+    Returns:
+      `Tridiagonal`.
+
+    Raises:
+      ValueError: for fewer than one step, a restart without a basis, or (outside ``jit``) a start vector that is zero
+        or a product that is not finite.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxhess as jh
+      >>> t = jh.lanczos(lambda v: jnp.array([1.0, 2.0]) * v, jnp.ones(2), 2)
+      >>> [round(float(x), 4) for x in t.alphas], round(float(t.betas[0]), 4)
+      ([1.5, 1.5], 0.5)
+
+    Reference: Lanczos 1950; Parlett 1998, The symmetric eigenvalue problem, chapter 13.
+    """
+    check_count("num_steps", num_steps)
+    if restart_key is not None and not reorthogonalize:
+        raise ValueError("a restart needs the basis to be orthogonal to; use reorthogonalize=True")
+    num_steps = min(num_steps, dimension(start))
+    operator = as_partial(operator)
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((operator, start, restart_key))):
+        if runs_on_host(operator):
+            raise TypeError("an operator over Batches loops on the host and cannot run under jit; call it outside")
+
+        def body(_, carry):
+            state, basis = carry
+            following = _advance(state, basis, operator(state.vector), restart_key)
+            return following, _write(basis, state.vector, state.step)
+
+        state, basis = jax.lax.fori_loop(0, num_steps, body, _begin(start, num_steps, reorthogonalize))
+        return Tridiagonal(state.alphas, state.betas, state.num_valid, basis)
+
+    norm = float(optax.tree.norm(start))
+    if not (np.isfinite(norm) and norm > 0):
+        raise ValueError(f"Lanczos needs a start vector that is finite and not zero, got norm {norm}")
+    state, basis = _begin(start, num_steps, reorthogonalize)
+    for done in range(1, num_steps + 1):
+        following = _advance(state, basis, operator(state.vector), restart_key)
+        basis, state = _write(basis, state.vector, state.step), following
+        if not np.isfinite(float(state.scale)):
+            raise ValueError(f"the product is not finite at Lanczos step {done}; look for overflow or NaN in the loss")
+        if progress is not None:
+            progress(done, num_steps)
+        if not state.alive:
+            break
+    # Cut on the host: a slice for each length would be a compilation for each length.
+    alphas, betas = (np.asarray(x)[:done] for x in (state.alphas, state.betas))
+    if done < num_steps:
+        basis = jax.tree.map(lambda rows: rows[:done], basis)
+    return Tridiagonal(alphas, betas, done, basis)
+
+
+def ritz(alphas: np.ndarray, betas: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Eigenvalues of T, ascending, its eigenvectors in columns, and the residual norms of the Ritz pairs.
+
+    The residual of A y - theta y is |beta_m s_m|, with s_m the last entry of the eigenvector: some eigenvalue of A
+    lies within it of the Ritz value theta. In float64, on the host.
+
+    Args:
+      alphas, betas: (m,) as in `Tridiagonal`.
+
+    Returns:
+      values (m,), vectors (m, m), residuals (m,).
+    """
+    alphas, betas = np.asarray(alphas, np.float64), np.asarray(betas, np.float64)
+    values, vectors = scipy.linalg.eigh_tridiagonal(alphas, betas[:-1])
+    return values, vectors, np.abs(betas[-1] * vectors[-1])
+
+
+def top_eigenpairs(
+    operator: Callable[[PyTree], PyTree],
+    *,
+    like: PyTree,
+    key: jax.Array,
+    k: int = 10,
+    num_steps: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[np.ndarray, PyTree, np.ndarray]:
+    """The algebraically largest eigenvalues with their eigenvectors and residual norms.
+
+    For the smallest, negate the operator. Repeated eigenvalues are all found where ``num_steps`` reaches the
+    dimension or the Krylov space is exhausted before; otherwise one start vector sees one copy of each.
+
+    Args:
+      operator: a symmetric v -> A v.
+      like: a pytree of arrays like v.
+      key: a JAX random key, for the start vector.
+      k: number of pairs.
+      num_steps: Lanczos steps, by default max(100, 5 k), at most the dimension. Memory is that of so many vectors.
+      progress: as for `lanczos`.
+
+    Returns:
+      values (k,) descending; vectors, a pytree of (k, *leaf.shape) with orthonormal rows; residual norms (k,) of
+      A v - lambda v, computed with k further products: within each lies an eigenvalue.
+
+    Raises:
+      ValueError: for k < 1, k beyond the dimension, or fewer steps than k.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxhess as jh
+      >>> values, vectors, residuals = jh.top_eigenpairs(
+      ...     lambda v: jnp.arange(5.0) * v, like=jnp.zeros(5), key=jax.random.key(0), k=2)
+      >>> [round(float(x), 4) for x in values]
+      [4.0, 3.0]
+
+    Reference: Parlett 1998, The symmetric eigenvalue problem, chapter 13.
+    """
+    check_count("k", k)
+    dim = dimension(like)
+    if k > dim:
+        raise ValueError(f"k = {k} eigenpairs were asked of an operator of dimension {dim}; ask for at most {dim}")
+    steps = min(max(100, 5 * k) if num_steps is None else num_steps, dim)
+    if steps < k:
+        raise ValueError(f"num_steps = {num_steps} Lanczos steps cannot give k = {k} eigenpairs; take more steps")
+    start_key, restart_key = jax.random.split(key)
+    start = optax.tree.random_like(start_key, like, jax.random.normal)
+    found = lanczos(operator, start, steps, restart_key=restart_key, progress=progress)
+    values, vectors, _ = ritz(found.alphas, found.betas)
+    top = np.argsort(values)[::-1][:k]
+    vectors = _combine(found.basis, vectors[:, top])
+    return values[top], vectors, np.asarray(_residuals(apply_stacked(operator, vectors), vectors, values[top]))
+
+
+def dimension(tree: PyTree) -> int:
+    """The number of entries of all arrays of a tree."""
+    return sum(int(np.size(x)) for x in jax.tree.leaves(tree))
+
+
+@jax.jit
+def _combine(basis, coefficients):
+    return jax.tree.map(
+        lambda rows: jnp.einsum("mk,m...->k...", coefficients.astype(rows.dtype), rows, precision="highest"), basis
+    )
+
+
+@jax.jit
+def _residuals(products, vectors, values):
+    rests = jax.tree.map(
+        lambda a, v: a - v * values.astype(v.dtype).reshape(-1, *[1] * (v.ndim - 1)), products, vectors
+    )
+    return jax.vmap(optax.tree.norm)(rests)
+
+
+# ---- the recurrence ----
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _begin(start, num_steps, keep_basis):
+    start = jax.tree.map(jnp.asarray, start)
+    dtype = jnp.result_type(*jax.tree.leaves(start))
+    state = _State(
+        step=jnp.array(0),
+        alphas=jnp.zeros(num_steps, dtype),
+        betas=jnp.zeros(num_steps, dtype),
+        scale=jnp.zeros((), dtype),
+        alive=jnp.array(True),
+        num_valid=jnp.array(0),
+        vector=optax.tree.scale(1 / optax.tree.norm(start), start),
+        previous=None if keep_basis else optax.tree.zeros_like(start),
+    )
+    rows = jax.tree.map(lambda x: jnp.zeros((num_steps, *x.shape), x.dtype), start)
+    return state, rows if keep_basis else None
+
+
+@jax.jit
+def _advance(state, basis, product, restart_key):
+    """One step, given the product of the operator with the state's vector, which is not yet a row of the basis."""
+    vector = state.vector
+    alpha = optax.tree.vdot(vector, product)
+    if basis is not None:
+        # Twice is enough (Parlett 1998, 6.9); the projection takes out alpha q_j and beta q_{j-1} too.
+        rest = _orthogonalize(basis, vector, _orthogonalize(basis, vector, product))
+    else:
+        last = state.betas[state.step - 1]  # at step 0 the last entry, still zero
+        rest = jax.tree.map(lambda w, q, p: w - alpha * q - last * p, product, vector, state.previous)
+    beta = optax.tree.norm(rest)
+    scale = jnp.maximum(state.scale, jnp.maximum(jnp.abs(alpha), beta))
+    exhausted = beta <= 10 * jnp.finfo(beta.dtype).eps * scale
+    beta = jnp.where(exhausted, 0, beta)
+    following = optax.tree.scale(jnp.where(exhausted, 0, 1 / jnp.where(exhausted, 1, beta)), rest)
+    alive = state.alive & ~exhausted
+    if restart_key is not None:
+        key = jax.random.fold_in(restart_key, state.step)
+        following = jax.lax.cond(exhausted, lambda: _fresh(basis, vector, key), lambda: following)
+        alive = state.alive
+    return _State(
+        step=state.step + 1,
+        alphas=state.alphas.at[state.step].set(alpha),
+        betas=state.betas.at[state.step].set(beta),
+        scale=scale,
+        alive=alive,
+        num_valid=state.num_valid + state.alive,
+        vector=following,
+        previous=None if basis is not None else vector,
+    )
+
+
+@partial(jax.jit, donate_argnums=0)
+def _write(basis, vector, step):
+    """The basis with one row more, in place. Apart from `_advance`: in one program with what reads it XLA copies."""
+    return jax.tree.map(lambda rows, q: rows.at[step].set(q), basis, vector)
+
+
+def _orthogonalize(basis, last, vector):
+    """The vector less its projection onto the rows of the basis and onto the last vector, not yet a row."""
+    with jax.default_matmul_precision("float32"):
+        pairs = zip(jax.tree.leaves(basis), jax.tree.leaves(vector), strict=True)
+        coefficients = sum(rows.reshape(len(rows), -1) @ x.ravel() for rows, x in pairs)
+        overlap = optax.tree.vdot(last, vector)
+        return jax.tree.map(
+            lambda rows, q, x: x - jnp.tensordot(coefficients, rows, 1) - overlap * q, basis, last, vector
+        )
+
+
+def _fresh(basis, last, key):
+    """A random unit vector orthogonal to the basis and the last vector; zero where they span the space."""
+    vector = optax.tree.random_like(key, last, jax.random.normal)
+    size = optax.tree.norm(vector)
+    vector = _orthogonalize(basis, last, _orthogonalize(basis, last, vector))
+    norm = optax.tree.norm(vector)
+    ok = norm > 100 * jnp.finfo(norm.dtype).eps * size
+    return optax.tree.scale(jnp.where(ok, 1 / jnp.where(ok, norm, 1), 0), vector)

@@ -1,0 +1,307 @@
+"""Layers of a parameter tree: names, network order, subtrees.
+
+A layer is a module that owns arrays, named by its path: "conv1", "block2/conv1". An array at the root of the tree
+belongs to no named module and is a layer under its own key. A slice of layers that ``lax.scan`` runs over (one array
+holds many) is written with its index, "blocks[3]/attn".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import tree_util
+from jax.extend.core import Literal
+
+from jaxhess.batches import first_batch
+
+PyTree = Any
+_VALUE = tree_util.GetAttrKey("value")  # the arrays of an NNX state end in ".value"
+
+
+class Layer(NamedTuple):
+    """Where a layer's arrays are: positions among the leaves of the tree, and the slice for scanned layers."""
+
+    name: str
+    leaves: tuple[int, ...]
+    treedef: Any  # of its subtree
+    index: int | None
+
+    def take(self, tree: PyTree) -> PyTree:
+        """The layer's part of a tree like the parameters."""
+        return self.unflatten(self.arrays(tree))
+
+    def arrays(self, tree: PyTree) -> list:
+        """The layer's arrays, as a list."""
+        leaves = tree_util.tree_leaves(tree)
+        return [leaves[i] if self.index is None else leaves[i][self.index] for i in self.leaves]
+
+    def unflatten(self, arrays: Sequence) -> PyTree:
+        """The layer's subtree from its arrays."""
+        return tree_util.tree_unflatten(self.treedef, arrays)
+
+    def put(self, tree: PyTree, part: PyTree) -> PyTree:
+        """The tree with this layer's part replaced."""
+        leaves, treedef = tree_util.tree_flatten(tree)
+        for i, new in zip(self.leaves, self.treedef.flatten_up_to(part), strict=True):
+            leaves[i] = new if self.index is None else leaves[i].at[self.index].set(new)
+        return tree_util.tree_unflatten(treedef, leaves)
+
+
+def layer_names(params: PyTree, loss: Callable | None = None, batch: PyTree = None) -> list[str]:
+    """The names of the layers: in the natural order of their paths, or in network order.
+
+    Natural order puts Conv_2 before Conv_10. Network order, with ``loss`` and ``batch``, is that of the first
+    operation that joins a layer's parameters with data from the batch; a tied weight belongs to its first user, and
+    layers that the loss does not use come last. Layers that a ``lax.scan`` in the loss runs over come out one by one.
+
+    Args:
+      params: a pytree of arrays (dicts, lists, dataclasses, Flax, Equinox or Haiku parameters).
+      loss: ``loss(params, batch)``, a callable that JAX can trace; only for network order.
+      batch: an example batch, or `Batches`; only for network order.
+
+    Returns:
+      A list of names, each one owner of arrays.
+
+    Raises:
+      ValueError: if the tree holds no arrays, or only one of ``loss`` and ``batch`` is given.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxhess as jh
+      >>> params = {f"Dense_{i}": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)} for i in (0, 2, 10)}
+      >>> jh.layer_names(params)
+      ['Dense_0', 'Dense_2', 'Dense_10']
+    """
+    natural = sorted(_modules(params), key=_natural)
+    if not natural:
+        raise ValueError("the parameter tree holds no arrays, so it has no layers")
+    if loss is None and batch is None:
+        return natural
+    if loss is None:
+        raise ValueError("network order needs the loss too: layer_names(params, loss, batch)")
+    used = _first_uses(loss, params, first_batch(batch))
+    whole = {re.sub(r"\[\d+\]", "", name) for name in used}
+    return used + [name for name in natural if name not in whole]
+
+
+def middle_layers(names: Sequence[str]) -> list[str]:
+    """The layers from a quarter to three quarters of the depth: indices floor(L/4) .. ceil(3L/4) - 1.
+
+    Args:
+      names: layer names in network order.
+
+    Returns:
+      The names in the middle, at least one.
+
+    Raises:
+      ValueError: if ``names`` is empty.
+
+    Example:
+      >>> import jaxhess as jh
+      >>> jh.middle_layers(["conv1", "conv2", "fc1", "fc2", "fc3"])
+      ['conv2', 'fc1', 'fc2']
+
+    Reference: the paper's section on Layerwise Hessian Trace Regularization ("between 1/4 and 3/4").
+    """
+    names = list(names)
+    if not names:
+        raise ValueError("no layers to take the middle of: names is empty")
+    return names[len(names) // 4 : -(-3 * len(names) // 4)]
+
+
+def subtree(params: PyTree, layer: str) -> PyTree:
+    """One layer's part of a parameter tree, for instance {"kernel": ..., "bias": ...}.
+
+    Args:
+      params: a pytree of arrays.
+      layer: a name from `layer_names`; "blocks[3]/attn" takes slice 3 of every array of blocks/attn.
+
+    Returns:
+      The node of the tree, or a dict of the arrays that the module owns itself where it has submodules too.
+
+    Raises:
+      ValueError: for an unknown layer; the message lists the layers.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxhess as jh
+      >>> jh.subtree({"fc": {"w": jnp.ones(2)}, "out": {"w": jnp.zeros(1)}}, "out")
+      {'w': Array([0.], dtype=float32)}
+    """
+    return find_layer(params, layer).take(params)
+
+
+def find_layer(params: PyTree, name: str) -> Layer:
+    """The `Layer` of a name; ValueError that lists the layers for an unknown one."""
+    modules = _modules(params)
+    if not isinstance(name, str):
+        raise TypeError(f"a layer is given by its name, a string, got {name!r}")
+    index, base = None, name
+    if name not in modules and (found := re.search(r"\[(\d+)\]", name)):
+        index, base = int(found[1]), name.replace(found[0], "", 1)
+    if base not in modules:
+        raise ValueError(f"unknown layer {name!r}; the layers are {sorted(modules, key=_natural)}")
+    owner, leaves = modules[base]
+    if index is not None:
+        lengths = {jnp.shape(tree_util.tree_leaves(params)[i])[:1] for i in leaves}
+        if len(lengths) != 1 or lengths == {()} or index >= min(lengths)[0]:
+            raise ValueError(f"unknown layer {name!r}: the arrays of {base!r} have leading axes {sorted(lengths)}")
+    return Layer(name, *_subtree(params, owner, leaves), index)
+
+
+def find_layers(params: PyTree, names: Sequence[str]) -> tuple[Layer, ...]:
+    """The `Layer` of each name. The name "total" is kept for the whole net."""
+    if "total" in names:
+        raise ValueError("a layer is called 'total', which is the name of the whole net's result; rename the module")
+    return tuple(find_layer(params, name) for name in names)
+
+
+def _natural(name):
+    return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in re.split(r"(\d+)", name)]
+
+
+def _owner(path):
+    """The path of the module that owns a leaf; of the leaf itself where it lies at the root."""
+    path = tuple(path)
+    if path and path[-1] == _VALUE:
+        path = path[:-1]
+    return path[:-1] if len(path) > 1 else path
+
+
+def _name(owner):
+    return tree_util.keystr(owner, simple=True, separator="/") or "params"
+
+
+def _modules(params):
+    """{name: (owner path, leaf positions)} of every module that owns arrays."""
+    modules = {}
+    for i, (path, _) in enumerate(tree_util.tree_leaves_with_path(params)):
+        owner = _owner(path)
+        modules.setdefault(_name(owner), (owner, []))[1].append(i)
+    return {name: (owner, tuple(leaves)) for name, (owner, leaves) in modules.items()}
+
+
+def _subtree(params, owner, leaves):
+    """The leaves and the structure of a module's subtree: the node itself, or a dict where it has submodules too."""
+    nodes = tree_util.tree_flatten_with_path(
+        params, is_leaf=lambda path, _: tuple(path) == owner, is_leaf_takes_path=True
+    )[0]
+    treedef = tree_util.tree_structure(next(node for path, node in nodes if tuple(path) == owner))
+    if treedef.num_leaves == len(leaves):
+        return leaves, treedef
+    paths = [path for path, _ in tree_util.tree_leaves_with_path(params)]
+    own = {_name(tuple(paths[i])[len(owner) :]): i for i in leaves}
+    return tuple(own[key] for key in sorted(own)), tree_util.tree_structure(own)
+
+
+# ---- network order: follow parameters and data through the jaxpr of the loss ----
+
+
+class _Tag(NamedTuple):
+    """What a value is made of: parameters alone (leaf, scan index or None), or data from the batch too."""
+
+    params: frozenset = frozenset()
+    data: bool = False
+
+
+class _Scanned(NamedTuple):
+    leaf: int
+
+
+def _first_uses(loss, params, batch):
+    closed = jax.make_jaxpr(loss)(params, batch)
+    count = len(tree_util.tree_leaves(params))
+    tags = [_Tag(frozenset([i])) if i < count else _Tag(data=True) for i in range(len(closed.jaxpr.invars))]
+    uses: dict = {}  # an ordered set of (leaf, scan length or None)
+    _walk(closed.jaxpr, tags, uses)
+
+    paths = [_owner(path) for path, _ in tree_util.tree_leaves_with_path(params)]
+    names: dict = {}
+    for use in uses:
+        if isinstance(use, int):
+            names[_name(paths[use])] = None
+        else:
+            (leaf, index, siblings) = use
+            module = _common_prefix([paths[i] for i in siblings])
+            rest = paths[leaf][len(module) :]
+            names["/".join(filter(None, [f"{_name(module)}[{index}]", _name(rest) if rest else ""]))] = None
+    return list(names)
+
+
+def _common_prefix(paths):
+    prefix = paths[0]
+    for path in paths[1:]:
+        prefix = prefix[: next((i for i, (a, b) in enumerate(zip(prefix, path, strict=False)) if a != b), len(path))]
+    return prefix
+
+
+def _walk(jaxpr, tags, uses):
+    """Tags of the outputs of a jaxpr, given those of its inputs; first uses are added to ``uses`` in order."""
+    env = dict(zip(jaxpr.invars, tags, strict=True))
+
+    def read(var):
+        return _Tag() if isinstance(var, Literal) else env.get(var, _Tag())
+
+    for eqn in jaxpr.eqns:
+        ins = [read(var) for var in eqn.invars]
+        outs = _inner(eqn, ins, uses)
+        if outs is None:  # an elementary operation
+            data = any(tag.data for tag in ins)
+            params = frozenset().union(*(tag.params for tag in ins))
+            if data:
+                uses.update(dict.fromkeys(sorted(params, key=str)))
+            outs = [_Tag(frozenset(), True) if data else _Tag(params)] * len(eqn.outvars)
+        env.update(zip(eqn.outvars, outs, strict=True))
+    return [read(var) for var in jaxpr.outvars]
+
+
+def _inner(eqn, ins, uses):
+    """The tags of the outputs of an operation that holds jaxprs of its own, or None."""
+    if eqn.primitive.name == "scan":
+        return _walk_scan(eqn, ins, uses)
+    if eqn.primitive.name == "while":
+        body, skip = eqn.params["body_jaxpr"].jaxpr, eqn.params["cond_nconsts"]
+        return _fixpoint(body, ins[skip:], eqn.params["body_nconsts"], len(eqn.outvars), uses)
+    if eqn.primitive.name == "cond":
+        branches = [_walk(branch.jaxpr, ins[1:], uses) for branch in eqn.params["branches"]]
+        return [_merge(*tags) for tags in zip(*branches, strict=True)]
+    inner = [getattr(p, "jaxpr", p) for p in eqn.params.values() if hasattr(p, "eqns") or hasattr(p, "jaxpr")]
+    if len(inner) == 1 and len(inner[0].invars) == len(ins) and len(inner[0].outvars) == len(eqn.outvars):
+        return _walk(inner[0], ins, uses)
+    return None
+
+
+def _fixpoint(body, ins, consts, carried, uses):
+    """A loop's body once more than the tags of what it carries need to settle."""
+    for _ in range(2):
+        outs = _walk(body, ins, uses)
+        ins = [
+            _merge(tag, outs[i - consts]) if consts <= i < consts + carried else tag for i, tag in enumerate(ins)
+        ]
+    return outs
+
+
+def _walk_scan(eqn, ins, uses):
+    consts, carried, length = eqn.params["num_consts"], eqn.params["num_carry"], eqn.params["length"]
+
+    def enter(tag):
+        scanned = {_Scanned(use) if isinstance(use, int) else use for use in tag.params}
+        return tag._replace(params=frozenset(scanned))
+
+    ins = [enter(tag) if i >= consts + carried else tag for i, tag in enumerate(ins)]
+    inner: dict = {}
+    outs = _fixpoint(eqn.params["jaxpr"].jaxpr, ins, consts, carried, inner)
+    scanned = tuple(use.leaf for use in inner if isinstance(use, _Scanned))
+    uses.update(dict.fromkeys(use for use in inner if not isinstance(use, _Scanned)))
+    uses.update(dict.fromkeys((leaf, i, scanned) for i in range(length) for leaf in scanned))
+    return [
+        tag._replace(params=frozenset(use.leaf if isinstance(use, _Scanned) else use for use in tag.params))
+        for tag in outs
+    ]
+
+
+def _merge(*tags):
+    data = any(tag.data for tag in tags)
+    return _Tag(frozenset() if data else frozenset().union(*(tag.params for tag in tags)), data)

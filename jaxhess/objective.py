@@ -1,0 +1,248 @@
+"""Losses that show their two halves, and the curvature of a criterion in a network's outputs.
+
+The generalised Gauss-Newton matrix is G = J' S J with J the Jacobian of the outputs in the parameters and S the
+Hessian of the criterion in the outputs. A criterion that knows S in closed form says so with two methods,
+``hessian_product`` and ``factor_product``; every other one is differentiated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A loss that shows its two halves: ``criterion(predict(params, batch), batch)``.
+
+    Hashable by its two functions: a new one made of the same functions compiles nothing.
+
+    Args:
+      predict: ``predict(params, batch) -> outputs``, a floating-point array of shape (..., C), one row an example
+        (or a position of a sequence).
+      criterion: ``criterion(outputs, batch) -> scalar``, a mean over the examples. `cross_entropy` and
+        `squared_error` bring closed forms; any other twice differentiable function is differentiated.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxhess as jh
+      >>> objective = jh.Objective(lambda params, batch: batch["x"] @ params["w"], jh.cross_entropy)
+      >>> batch = {"x": jnp.ones((4, 3)), "label": jnp.array([0, 1, 0, 1])}
+      >>> round(float(objective({"w": jnp.zeros((3, 2))}, batch)), 4)
+      0.6931
+
+    Reference: Schraudolph 2002, Fast curvature matrix-vector products; equations (1) and (2) of the paper.
+    """
+
+    predict: Callable[[PyTree, PyTree], jax.Array]
+    criterion: Callable[[jax.Array, PyTree], jax.Array]
+
+    def __call__(self, params: PyTree, batch: PyTree) -> jax.Array:
+        """The loss, a scalar."""
+        return self.criterion(self.predict(params, batch), batch)
+
+
+def _label_entry(batch):
+    return batch["label"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Labelled:
+    """What the closed-form criteria share: where the labels are, and the number of rows of the mean."""
+
+    labels: Callable[[PyTree], jax.Array] = _label_entry
+
+    def _read(self, batch):
+        try:
+            return jnp.asarray(self.labels(batch))
+        except (KeyError, TypeError, IndexError) as error:
+            keys = sorted(batch) if isinstance(batch, dict) else type(batch).__name__
+            raise ValueError(
+                f"{type(self).__name__} found no labels in the batch ({keys}): {error!r}; "
+                f"say where they are, as in {type(self).__name__}(labels=lambda batch: batch[1])"
+            ) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossEntropy(_Labelled):
+    """Softmax cross-entropy of integer labels: the mean over all rows of -log softmax(outputs)[label].
+
+    In one row with probabilities p its Hessian is S = diag(p) - p p', with the factor
+    B = diag(sqrt p) - p sqrt(p)', B B' = S.
+
+    Args:
+      labels: ``labels(batch) -> int array`` of shape outputs.shape[:-1] with values 0..C-1; by default
+        ``batch["label"]``. A label outside 0..C-1 is a ValueError where values are known, and a NaN under ``jit``.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxhess as jh
+      >>> criterion = jh.CrossEntropy(labels=lambda batch: batch[1])
+      >>> round(float(criterion(jnp.zeros((2, 4)), (None, jnp.array([3, 0])))), 4)
+      1.3863
+
+    Reference: Papyan 2019, Measurements of three-level hierarchical structure, section 2.
+    """
+
+    def __call__(self, outputs: jax.Array, batch: PyTree) -> jax.Array:
+        """The mean cross-entropy, a scalar."""
+        labels = self._checked(outputs, batch)
+        # A negative index would count from the end: out of range above it reads as NaN instead.
+        labels = jnp.where(labels < 0, outputs.shape[-1], labels)
+        return optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean()
+
+    def _checked(self, outputs, batch):
+        labels = self._read(batch)
+        if not jnp.issubdtype(labels.dtype, jnp.integer):
+            raise TypeError(f"cross-entropy takes integer labels, got {labels.dtype}; give class indices 0..C-1")
+        if labels.shape != outputs.shape[:-1]:
+            raise ValueError(
+                f"labels of shape {labels.shape} do not fit outputs of shape {outputs.shape}: "
+                f"one label for each row, {outputs.shape[:-1]}, is needed"
+            )
+        return labels
+
+    def check(self, outputs: jax.ShapeDtypeStruct, batch: PyTree) -> None:
+        """Raises ValueError for labels outside 0..C-1, where their values are known (not under ``jit``)."""
+        labels = self._checked(outputs, batch)
+        if isinstance(labels, jax.core.Tracer) or labels.size == 0:
+            return
+        low, high, classes = int(labels.min()), int(labels.max()), outputs.shape[-1]
+        if low < 0 or high >= classes:
+            raise ValueError(f"labels run from {low} to {high}, outside 0..{classes - 1} for {classes} outputs")
+
+    def hessian_product(self, outputs: jax.Array, batch: PyTree, tangent: jax.Array) -> jax.Array:
+        """S t, with the 1/N of the mean in S; ``tangent`` like ``outputs``."""
+        p = jax.nn.softmax(outputs)
+        pt = p * tangent
+        return (pt - p * pt.sum(-1, keepdims=True)) / _rows(outputs)
+
+    def factor_product(self, outputs: jax.Array, batch: PyTree, noise: jax.Array) -> jax.Array:
+        """B e with B B' = S, the 1/N of the mean included; ``noise`` like ``outputs``."""
+        # exp(log_softmax / 2), for the derivative of sqrt(softmax) is NaN where a probability underflows.
+        root = jnp.exp(jax.nn.log_softmax(outputs) / 2)
+        scaled = root * noise
+        return (scaled - root**2 * scaled.sum(-1, keepdims=True)) / _rows(outputs) ** 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class SquaredError(_Labelled):
+    """Squared error: the mean over all rows of sum_c (outputs_c - label_c)^2. Its Hessian is 2 I in one row.
+
+    Args:
+      labels: ``labels(batch) -> float array`` of the outputs' shape; by default ``batch["label"]``.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxhess as jh
+      >>> float(jh.squared_error(jnp.ones((4, 3)), {"label": jnp.zeros((4, 3))}))
+      3.0
+
+    Reference: Papyan 2018, The full spectrum of deep net Hessians at scale, section 2.
+    """
+
+    def __call__(self, outputs: jax.Array, batch: PyTree) -> jax.Array:
+        """The mean squared error, a scalar."""
+        return jnp.sum((outputs - self._checked(outputs, batch)) ** 2) / _rows(outputs)
+
+    def _checked(self, outputs, batch):
+        labels = self._read(batch)
+        if labels.shape != outputs.shape:  # (N,) against (N, 1) would broadcast to (N, N)
+            raise ValueError(
+                f"squared error takes targets of the outputs' shape {outputs.shape}, got {labels.shape}; "
+                f"for class labels: SquaredError(labels=lambda batch: jax.nn.one_hot(batch['label'], C))"
+            )
+        return labels
+
+    def check(self, outputs: jax.ShapeDtypeStruct, batch: PyTree) -> None:
+        """Raises ValueError for targets that do not have the outputs' shape."""
+        self._checked(outputs, batch)
+
+    def hessian_product(self, outputs: jax.Array, batch: PyTree, tangent: jax.Array) -> jax.Array:
+        """S t, with the 1/N of the mean in S; ``tangent`` like ``outputs``."""
+        return tangent * (2 / _rows(outputs))
+
+    def factor_product(self, outputs: jax.Array, batch: PyTree, noise: jax.Array) -> jax.Array:
+        """B e with B B' = S, the 1/N of the mean included; ``noise`` like ``outputs``."""
+        return noise * (2 / _rows(outputs)) ** 0.5
+
+
+cross_entropy = CrossEntropy()
+squared_error = SquaredError()
+
+
+def _rows(outputs):
+    return int(np.prod(outputs.shape[:-1], dtype=int))
+
+
+def output_hessian_product(criterion, outputs, batch, tangent):
+    """S t for any criterion: its own closed form, or the derivative of its gradient along t."""
+    if hasattr(criterion, "hessian_product"):
+        return criterion.hessian_product(outputs, batch, tangent)
+    return jax.jvp(jax.grad(criterion), (outputs, batch), (tangent, zero_tangent(batch)))[1]
+
+
+def output_factor_product(criterion, outputs, batch, noise):
+    """B e with B B' = S for any criterion; NaN where S is no sum of positive semi-definite C x C blocks."""
+    if hasattr(criterion, "factor_product"):
+        return criterion.factor_product(outputs, batch, noise)
+    blocks, faults = _output_blocks(criterion, outputs, batch)
+    values, vectors = jnp.linalg.eigh(blocks)
+    # Rounding in a zero eigenvalue is no reason to refuse: `faults` has judged.
+    factor = vectors * jnp.sqrt(jnp.maximum(values, 0))[..., None, :]
+    product = jnp.einsum("...ij,...j->...i", factor, noise)
+    return jnp.where((faults[0] | faults[1]), jnp.nan, product)
+
+
+def check_factor(criterion, outputs, batch):
+    """Raises ValueError for a criterion without a factor; outputs and batch are concrete arrays."""
+    if hasattr(criterion, "factor_product"):
+        return
+    _, (coupled, concave) = _output_blocks(criterion, outputs, batch)
+    name = getattr(criterion, "__name__", repr(criterion))
+    if bool(coupled):
+        raise ValueError(
+            f"the criterion {name} couples the outputs of different rows, so its Hessian has no C x C blocks to "
+            f"factor; use curvature='hessian', or a criterion that is a mean over rows"
+        )
+    if bool(concave):
+        raise ValueError(
+            f"the criterion {name} is not convex in the outputs here, so its Hessian has no real factor; "
+            f"use curvature='hessian', or the ggn operator, which needs no factor"
+        )
+
+
+def _output_blocks(criterion, outputs, batch):
+    """The C x C blocks of S, (..., C, C), and two flags: S has more than these blocks; a block is indefinite."""
+
+    def product(tangent):
+        return output_hessian_product(criterion, outputs, batch, tangent)
+
+    columns = jax.vmap(lambda column: product(jnp.broadcast_to(column, outputs.shape)))(
+        jnp.eye(outputs.shape[-1], dtype=outputs.dtype)
+    )
+    blocks = jnp.moveaxis(columns, 0, -1)
+    # Blocks read off with one direction in all rows are S only if no row feels another one's direction.
+    signs = jnp.where(jnp.arange(outputs.size) % 3 == 0, -1.0, 1.0).reshape(outputs.shape).astype(outputs.dtype)
+    scale = jnp.max(jnp.abs(blocks))
+    tolerance = 100 * jnp.finfo(outputs.dtype).eps * scale
+    coupled = jnp.any(jnp.abs(product(signs) - jnp.einsum("...ij,...j->...i", blocks, signs)) > 10 * tolerance)
+    concave = jnp.any(jnp.linalg.eigvalsh(blocks) < -tolerance)
+    return blocks, (coupled, concave)
+
+
+def zero_tangent(tree):
+    """Zero tangents for a tree that is not differentiated; integer and key leaves get float0."""
+
+    def zero(leaf):
+        dtype = jnp.result_type(leaf)
+        if jnp.issubdtype(dtype, jnp.inexact):
+            return jnp.zeros(jnp.shape(leaf), dtype)
+        return np.zeros(jnp.shape(leaf), jax.dtypes.float0)
+
+    return jax.tree.map(zero, tree)

@@ -1,0 +1,362 @@
+"""Curvature operators: products v -> A v with the Hessian, its Gauss-Newton part G, and the rest H.
+
+Each public function returns a `jax.tree_util.Partial` over parameters and batch: a pytree, so that it passes through
+``jit`` as an argument, and a function of v. The product is compiled once for each loss, layer and set of shapes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from jaxhess.batches import Batches, first_batch
+from jaxhess.layers import find_layer
+from jaxhess.objective import Objective, output_hessian_product
+
+PyTree = Any
+Operator = Callable[[PyTree], PyTree]
+
+
+def hessian(
+    loss: Callable, params: PyTree, batch: PyTree, *, layer: str | None = None, has_aux: bool = False
+) -> Partial:
+    """The Hessian as a product: v -> Hess v, or v -> Hess_l v with the diagonal block of one layer.
+
+    Hess = d^2 loss / d params^2, forward over reverse: one product costs about two gradients, and no more memory
+    than a gradient twice. Block products differentiate that layer's parameters only.
+
+    Args:
+      loss: ``loss(params, batch) -> scalar``, a mean over examples; an `Objective` is one.
+      params: a pytree of floating-point arrays. Half-precision parameters are taken in float32.
+      batch: any pytree, or `Batches` for the mean over many.
+      layer: a name from `layer_names` for the block of one layer; by default the whole net.
+      has_aux: the loss returns ``(value, aux)`` (of an `Objective`: its ``predict`` returns ``(outputs, aux)``).
+
+    Returns:
+      A function of v, a pytree like ``params`` (or like ``subtree(params, layer)``), that returns A v of the same
+      structure and dtypes. Parameters that the loss does not use get zeros.
+
+    Raises:
+      TypeError: for parameters that are not floating-point, or a loss that does not return a scalar.
+      ValueError: for an unknown layer (the message lists them), parameters that are not finite, an empty or
+        inconsistent batch, labels out of range, or a v that does not match.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxhess as jh
+      >>> hv = jh.hessian(lambda p, batch: jnp.sum(p["w"] ** 3) * batch, {"w": jnp.array([1.0, 2.0])}, 0.5)
+      >>> hv({"w": jnp.array([1.0, 1.0])})["w"]
+      Array([3., 6.], dtype=float32)
+
+    Reference: Pearlmutter 1994, Fast exact multiplication by the Hessian.
+    """
+    return _operator("hessian", loss, params, batch, layer, has_aux)
+
+
+def ggn(
+    objective: Objective, params: PyTree, batch: PyTree, *, layer: str | None = None, has_aux: bool = False
+) -> Partial:
+    """The generalised Gauss-Newton matrix as a product: v -> J' S J v, or the block G_l of one layer.
+
+    J is the Jacobian of the outputs in the parameters and S the Hessian of the criterion in the outputs: equations
+    (2) and (3) of the paper. Positive semi-definite where the criterion is convex.
+
+    Args:
+      objective: an `Objective`, whose halves are needed.
+      params, batch, layer, has_aux: as for `hessian`.
+
+    Returns:
+      A function of v, as `hessian` does.
+
+    Raises:
+      TypeError: for a plain loss; further as `hessian`.
+      ValueError: as `hessian`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxhess as jh
+      >>> objective = jh.Objective(lambda w, batch: batch["x"] @ w, jh.squared_error)
+      >>> gv = jh.ggn(objective, jnp.zeros((2, 1)), {"x": jnp.eye(2), "label": jnp.ones((2, 1))})
+      >>> gv(jnp.ones((2, 1))).ravel()
+      Array([1., 1.], dtype=float32)
+
+    Reference: Schraudolph 2002, Fast curvature matrix-vector products.
+    """
+    return _operator("ggn", objective, params, batch, layer, has_aux)
+
+
+def functional_hessian(
+    objective: Objective, params: PyTree, batch: PyTree, *, layer: str | None = None, has_aux: bool = False
+) -> Partial:
+    """What the Hessian has beyond G, as a product: v -> H v with H = Hess - G, or the block H_l of one layer.
+
+    H = sum over outputs of (d criterion / d output) * (d^2 output / d params^2): equations (1) and (4) of the paper.
+    It is computed as the Hessian of <g, predict(params)> with g held fixed, not as a difference, so that a zero
+    block comes out as zero. For piecewise linear nets with fixed batch statistics every H_l is zero, H is not.
+
+    Args:
+      objective: an `Objective`, whose halves are needed.
+      params, batch, layer, has_aux: as for `hessian`.
+
+    Returns:
+      A function of v, as `hessian` does.
+
+    Raises:
+      TypeError: for a plain loss; further as `hessian`.
+      ValueError: as `hessian`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxhess as jh
+      >>> objective = jh.Objective(lambda w, batch: batch["x"] @ w, jh.squared_error)
+      >>> hv = jh.functional_hessian(objective, jnp.zeros((2, 1)), {"x": jnp.eye(2), "label": jnp.ones((2, 1))})
+      >>> hv(jnp.ones((2, 1))).ravel()
+      Array([0., 0.], dtype=float32)
+
+    Reference: Sagun et al. 2018, Empirical analysis of the Hessian of over-parametrized neural networks.
+    """
+    return _operator("functional", objective, params, batch, layer, has_aux)
+
+
+def linearize(operator: Operator, *, like: PyTree) -> Partial:
+    """The same product with everything that does not depend on v computed once and kept.
+
+    Takes the forward and backward pass out of each product, for the memory of their intermediate values. Worth it
+    from the second product on; used by the traces and spectra of this library for single batches.
+
+    Args:
+      operator: a linear function of v that JAX can trace, as from `hessian`.
+      like: a pytree of arrays like v.
+
+    Returns:
+      A `jax.tree_util.Partial` v -> A v; new values of the same shapes compile nothing. An operator over
+      `Batches` comes back as it is.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxhess as jh
+      >>> params = {"w": jnp.array([1.0, 2.0])}
+      >>> hv = jh.linearize(jh.hessian(lambda p, _: jnp.sum(p["w"] ** 3), params, None), like=params)
+      >>> hv(params)["w"]
+      Array([ 6., 24.], dtype=float32)
+
+    Reference: ``jax.linearize``.
+    """
+    if runs_on_host(operator):
+        return operator
+    return Partial(_apply_linear, _linearize(as_partial(operator), like))
+
+
+@jax.jit
+def _linearize(operator, like):
+    return jax.linearize(operator, jax.tree.map(jnp.zeros_like, like))[1]
+
+
+@jax.jit
+def _apply_linear(linear, v):
+    return linear(v)
+
+
+def as_partial(operator: Operator) -> Partial:
+    """Any function of v as a pytree that passes through ``jit``."""
+    return operator if isinstance(operator, Partial) else Partial(operator)
+
+
+def runs_on_host(operator: Operator) -> bool:
+    """True for products over `Batches`, which loop on the host."""
+    return isinstance(getattr(operator, "func", None), _OverBatches)
+
+
+def apply_stacked(operator: Operator, vectors: PyTree) -> PyTree:
+    """A v for several v, stacked along a new leading axis; over `Batches`, each batch is read once for all."""
+    if runs_on_host(operator):
+        return operator.func(*operator.args, vectors, stacked=True)
+    return _apply_stacked(as_partial(operator), vectors)
+
+
+@jax.jit
+def _apply_stacked(operator, vectors):
+    return jax.vmap(operator)(vectors)
+
+
+# ---- the three products, at a point and in a direction of the whole tree or of one layer ----
+
+
+def _hessian_product(loss, fill, point, batch, v):
+    return jax.jvp(jax.grad(lambda q: loss(fill(q), batch)), (point,), (v,))[1]
+
+
+def _ggn_product(objective, fill, point, batch, v):
+    def predict(q):
+        return objective.predict(fill(q), batch)
+
+    outputs, tangent = jax.jvp(predict, (point,), (v,))
+    _, pull = jax.vjp(predict, point)
+    return pull(output_hessian_product(objective.criterion, outputs, batch, tangent))[0]
+
+
+def _functional_product(objective, fill, point, batch, v):
+    outputs = objective.predict(fill(point), batch)
+    slope = jax.grad(objective.criterion)(outputs, batch)
+    return _hessian_product(lambda p, b: jnp.vdot(slope, objective.predict(p, b)), fill, point, batch, v)
+
+
+_PRODUCTS = {"hessian": _hessian_product, "ggn": _ggn_product, "functional": _functional_product}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Product:
+    """One kind of product of one loss, for one layer or all; static under ``jit``."""
+
+    kind: str
+    loss: Callable
+    layer: str | None
+
+    def __call__(self, params, batch, v):
+        return _apply(self, params, batch, v)
+
+
+@partial(jax.jit, static_argnums=0)
+def _apply(product, params, batch, v):
+    point, fill = params, lambda q: q
+    if product.layer is not None:
+        layer = find_layer(params, product.layer)
+        point, fill = layer.take(params), partial(layer.put, params)
+    # TF32, the default of some GPUs, is too coarse for curvature.
+    with jax.default_matmul_precision("float32"):
+        return _PRODUCTS[product.kind](product.loss, fill, point, batch, _match(v, point))
+
+
+def _match(v, point):
+    """v with the dtypes of the point; ValueError where its structure or shapes differ."""
+    structures = jax.tree.structure(v), jax.tree.structure(point)
+    if structures[0] != structures[1]:
+        raise ValueError(f"v does not match the parameters: its structure is {structures[0]}, theirs {structures[1]}")
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(v), jax.tree.leaves(point), strict=True):
+        if jnp.shape(a) != jnp.shape(b):
+            at = jax.tree_util.keystr(path)
+            raise ValueError(f"v does not match the parameters at {at!r}: shape {jnp.shape(a)}, theirs {jnp.shape(b)}")
+    return jax.tree.map(lambda a, b: jnp.asarray(a, jnp.result_type(b)), v, point)
+
+
+@dataclasses.dataclass(frozen=True)
+class _OverBatches:
+    """The mean of a product over many batches, weighted by their numbers of examples."""
+
+    product: _Product
+    batches: Batches
+
+    def __call__(self, params, v, stacked=False):
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, v))):
+            raise TypeError(
+                "an operator over Batches reads its batches in a loop on the host and cannot run under jit, vmap or "
+                "grad; call it outside, or give one batch"
+            )
+        total, mean = 0, None
+        for size, batch in self.batches.weighted():
+            total += size
+            mean = _accumulate(self.product, stacked, params, batch, v, mean, size / total)
+        return mean
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _accumulate(product, stacked, params, batch, v, mean, share):
+    """The running mean after one more batch, which holds this share of the examples so far."""
+    new = (jax.vmap(product, (None, None, 0)) if stacked else product)(params, batch, v)
+    return new if mean is None else jax.tree.map(lambda m, n: m + jnp.asarray(share, m.dtype) * (n - m), mean, new)
+
+
+# ---- what is checked before the first product ----
+
+
+def _operator(kind, loss, params, batch, layer, has_aux):
+    loss, params = prepare(kind, loss, params, batch, has_aux)
+    if layer is not None:
+        find_layer(params, layer)  # an unknown name fails here, not at the first product
+    product = _Product(kind, loss, layer)
+    if isinstance(batch, Batches):
+        return Partial(_OverBatches(product, batch), params)
+    return Partial(product, params, batch)
+
+
+def prepare(kind: str, loss: Callable, params: PyTree, batch: PyTree, has_aux: bool = False) -> tuple[Callable, PyTree]:
+    """Checks a loss, its parameters and its batch; returns the loss without aux, and the parameters to differentiate.
+
+    Values (NaN, labels) are checked where they are concrete; under ``jit`` a NaN is carried through.
+    """
+    if kind not in _PRODUCTS:
+        raise ValueError(f"unknown curvature {kind!r}; choose from {sorted(_PRODUCTS)}")
+    if kind != "hessian" and not isinstance(loss, Objective):
+        raise TypeError(
+            f"{kind} needs the two halves of the loss, got {_describe(loss)}; "
+            f"make an Objective(predict, criterion), or ask for the Hessian"
+        )
+    if not callable(loss):
+        raise TypeError(f"a loss is a function loss(params, batch), got {_describe(loss)}")
+    if has_aux:
+        loss = Objective(_First(loss.predict), loss.criterion) if isinstance(loss, Objective) else _First(loss)
+    params = _differentiable(params)
+    batch = first_batch(batch)
+    _check_batch(batch)
+    if isinstance(loss, Objective):
+        outputs = jax.eval_shape(loss.predict, params, batch)
+        if not (hasattr(outputs, "shape") and outputs.ndim and jnp.issubdtype(outputs.dtype, jnp.floating)):
+            raise TypeError(f"predict must return one floating-point array of shape (..., C), got {outputs}")
+        if hasattr(loss.criterion, "check"):
+            loss.criterion.check(outputs, batch)
+    value = jax.eval_shape(loss, params, batch)
+    if not (hasattr(value, "shape") and value.shape == () and jnp.issubdtype(value.dtype, jnp.floating)):
+        hint = "; for (value, aux) say has_aux=True" if isinstance(value, tuple) else "; take the mean over examples"
+        raise TypeError(f"the loss must return a floating-point scalar, got {value}{hint}")
+    return loss, params
+
+
+@dataclasses.dataclass(frozen=True)
+class _First:
+    """A function without its aux; equal for equal functions, so that it compiles once."""
+
+    function: Callable
+
+    def __call__(self, *args):
+        return self.function(*args)[0]
+
+
+def _describe(thing):
+    return f"{type(thing).__name__} {getattr(thing, '__name__', thing)!r}"
+
+
+def _differentiable(params):
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if not leaves:
+        raise ValueError("the parameter tree holds no arrays")
+    for path, leaf in leaves:
+        at, dtype = jax.tree_util.keystr(path), getattr(leaf, "dtype", type(leaf))
+        if not (hasattr(leaf, "dtype") or isinstance(leaf, float)):
+            raise TypeError(f"parameter {at!r} is {dtype.__name__}, no array; take what is no array out of the tree")
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"parameter {at!r} has dtype {dtype}, and curvature needs real floating-point parameters; "
+                f"convert it, or keep it in the batch"
+            )
+    # Half precision has too few digits for second derivatives.
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32)), params)
+    if not any(isinstance(leaf, jax.core.Tracer) for _, leaf in leaves):
+        finite = jax.device_get(_finite(jax.tree.leaves(params)))
+        if bad := [jax.tree_util.keystr(path) for (path, _), ok in zip(leaves, finite, strict=True) if not ok]:
+            raise ValueError(f"the parameters are not finite at {bad}; curvature there means nothing")
+    return params
+
+
+@jax.jit
+def _finite(leaves):
+    return [jnp.isfinite(x).all() for x in leaves]
+
+
+def _check_batch(batch):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        if np.size(leaf) == 0:
+            at = jax.tree_util.keystr(path)
+            raise ValueError(f"the batch is empty at {at!r} (shape {np.shape(leaf)}): a mean needs an example")

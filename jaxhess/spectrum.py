@@ -1,0 +1,330 @@
+"""Spectra: quadrature nodes and weights from Lanczos, and the density that they stand for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import scipy.special
+
+from jaxhess.batches import Batches
+from jaxhess.lanczos import dimension, lanczos, ritz
+from jaxhess.layers import find_layers, layer_names
+from jaxhess.operators import _operator, linearize, prepare
+from jaxhess.structure import gram_eigenvalues
+from jaxhess.trace import check_count
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Spectrum:
+    """A spectral measure: sum_i weights_i * delta(t - nodes_i), of total mass 1.
+
+    From Lanczos the nodes are Ritz values and the weights the squared first entries of the eigenvectors of T
+    (averaged over draws); an exact spectrum has the eigenvalues with weights 1/dim. Anyone may make one:
+    ``Spectrum(nodes, weights, dim)``, or `Spectrum.from_eigenvalues`.
+
+    Attributes:
+      nodes: (m,) float64, sorted ascending.
+      weights: (m,) float64, not negative, sum 1.
+      dim: the number of eigenvalues, so that dim * mean is the trace.
+      num_steps: the Lanczos steps of a draw, which set the width of the density; 128 for an exact spectrum.
+      residuals: (m,) residual norms of the Ritz pairs; zeros for an exact spectrum.
+
+    Raises:
+      ValueError: for nodes and weights of different lengths, no nodes, values that are not finite, negative weights
+        or a sum other than 1, or ``dim`` below 1.
+
+    Example:
+      >>> import jaxhess as jh
+      >>> spec = jh.Spectrum([0.0, 2.0], [0.75, 0.25], dim=4)
+      >>> spec.mean, spec.lambda_max, spec.trace
+      (0.5, 2.0, 2.0)
+    """
+
+    nodes: np.ndarray
+    weights: np.ndarray
+    dim: int
+    num_steps: int = 128
+    residuals: np.ndarray | None = None
+
+    def __post_init__(self):
+        nodes, weights = np.asarray(self.nodes, np.float64), np.asarray(self.weights, np.float64)
+        residuals = np.zeros_like(nodes) if self.residuals is None else np.asarray(self.residuals, np.float64)
+        if not (nodes.ndim == 1 and nodes.size and nodes.shape == weights.shape == residuals.shape):
+            raise ValueError(
+                f"a spectrum takes nodes, weights and residuals of one shape (m,), m >= 1, got {nodes.shape}, "
+                f"{weights.shape}, {residuals.shape}"
+            )
+        if not (np.isfinite(nodes).all() and np.isfinite(weights).all()):
+            raise ValueError("the nodes or weights of the spectrum are not finite")
+        if weights.min() < 0 or abs(weights.sum() - 1) > 1e-3:
+            raise ValueError(f"weights must be >= 0 with sum 1, got minimum {weights.min()} and sum {weights.sum()}")
+        check_count("dim", self.dim)
+        check_count("num_steps", self.num_steps)
+        order = np.argsort(nodes, kind="stable")
+        for name, value in (("nodes", nodes), ("weights", weights / weights.sum()), ("residuals", residuals)):
+            object.__setattr__(self, name, value[order])
+
+    @classmethod
+    def from_eigenvalues(cls, values: np.ndarray, dim: int | None = None) -> Spectrum:
+        """The exact spectrum of given eigenvalues; those up to ``dim`` that are not given are zero."""
+        values = np.asarray(values, np.float64).ravel()
+        dim = len(values) if dim is None else dim
+        if len(values) > dim:
+            raise ValueError(f"{len(values)} eigenvalues were given for dimension {dim}")
+        zeros = dim - len(values)
+        nodes = np.append(values, 0.0) if zeros else values
+        return cls(nodes, np.append(np.full(len(values), 1 / dim), zeros / dim)[: len(nodes)], dim)
+
+    @property
+    def lambda_max(self) -> float:
+        """The largest node."""
+        return float(self.nodes[-1])
+
+    @property
+    def lambda_min(self) -> float:
+        """The smallest node."""
+        return float(self.nodes[0])
+
+    @property
+    def mean(self) -> float:
+        """The mean eigenvalue."""
+        return float(self.weights @ self.nodes)
+
+    @property
+    def trace(self) -> float:
+        """dim * mean; for Lanczos an estimate from as many probes as draws."""
+        return self.dim * self.mean
+
+    def density(
+        self, num_points: int = 1024, kappa: float = 1.25, *, margin: float = 0.05, grid: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The Gaussian-broadened density: phi(t) = sum_i w_i N(t; lambda_i, sigma^2).
+
+        sigma = R / ((M - 1) sqrt(8 ln kappa)) with M steps and R the range of the Ritz values widened by their
+        residuals and by ``margin`` on either side: a bump in the middle between two nodes of an even spacing R / (M -
+        1) falls by the factor kappa. The width is never below 3/4 of the grid's spacing, which keeps the integral
+        right, and nothing in it is absolute: scaling the operator scales the picture. (A spectrum that is a single
+        point has no scale; its width is taken from |lambda|, or from 1 at zero.)
+
+        Args:
+          num_points: points of the grid.
+          kappa: how far a bump may fall between two nodes, > 1.
+          margin: what the range gets on either side, as a share of it.
+          grid: (n,) points of one's own; by default evenly spaced over the range and five sigma beyond.
+
+        Returns:
+          grid (n,) and phi (n,); phi integrates to 1 over the default grid.
+
+        Raises:
+          ValueError: for fewer than two points, kappa <= 1 or a negative margin.
+
+        Reference: Lin, Saad and Yang 2016, section 3.2.3; Papyan 2018, appendix; Algorithm 2 of the paper.
+        """
+        grid, log_phi = self.log_density(num_points, kappa, margin=margin, grid=grid)
+        return grid, np.exp(log_phi)
+
+    def log_density(
+        self, num_points: int = 1024, kappa: float = 1.25, *, margin: float = 0.05, grid: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The natural logarithm of `density`, finite where the density underflows; arguments as there."""
+        low, high, sigma = broadening([self], num_points, kappa, margin)
+        if grid is None:
+            grid = np.linspace(low, high, num_points)
+        return grid, self._log_density_on(np.asarray(grid, np.float64), sigma)
+
+    def _log_density_on(self, grid, sigma):
+        some = self.weights > 0
+        exponents = -0.5 * ((grid[:, None] - self.nodes[some]) / sigma) ** 2
+        norm = np.log(sigma) + 0.5 * np.log(2 * np.pi)
+        return scipy.special.logsumexp(exponents, axis=1, b=self.weights[some]) - norm
+
+
+def broadening(
+    spectra: list[Spectrum], num_points: int, kappa: float, margin: float = 0.05
+) -> tuple[float, float, float]:
+    """A grid's ends and a Gaussian's width for one spectrum, or for several on a common grid."""
+    if num_points < 2:
+        raise ValueError(f"a density needs num_points >= 2, got {num_points}")
+    if not kappa > 1:
+        raise ValueError(f"kappa must be above 1, got {kappa}")
+    if margin < 0:
+        raise ValueError(f"margin must not be negative, got {margin}")
+    low = min(float((s.nodes - s.residuals).min()) for s in spectra)
+    high = max(float((s.nodes + s.residuals).max()) for s in spectra)
+    size = max(abs(low), abs(high))
+    if high - low <= 1e-9 * size or size == 0:
+        width = 1e-2 * (size or 1.0)
+        low, high = low - width, high + width
+    low, high = low - margin * (high - low), high + margin * (high - low)
+    steps = max(max(s.num_steps for s in spectra) - 1, 1)
+    sigma = (high - low) / (steps * np.sqrt(8 * np.log(kappa)))
+    # The grid reaches five sigma beyond; solved for the spacing that goes with it.
+    floor = 0.75 * (high - low) / max(num_points - 1 - 7.5, 0.5)
+    sigma = max(sigma, floor)
+    return low - 5 * sigma, high + 5 * sigma, sigma
+
+
+def spectrum(
+    operator: Callable[[PyTree], PyTree],
+    *,
+    like: PyTree,
+    key: jax.Array,
+    num_steps: int = 128,
+    num_draws: int = 1,
+    reorthogonalize: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> Spectrum:
+    """The spectrum of an operator by stochastic Lanczos quadrature.
+
+    Each draw is a Gaussian start vector; its Ritz values and the squared first entries of the eigenvectors of T are
+    the nodes and weights of a Gauss quadrature for the spectral measure, exact for polynomials of degree 2 m - 1 as
+    that vector sees them. Draws are averaged.
+
+    Args:
+      operator: a symmetric v -> A v, as from `hessian`; `linearize` it first for speed.
+      like: a pytree of arrays like v.
+      key: a JAX random key.
+      num_steps: Lanczos steps of a draw, fewer where the Krylov space is exhausted. From the dimension on the result
+        is exact: all eigenvalues, repeated ones too, with weights 1/dim.
+      num_draws: start vectors.
+      reorthogonalize: False holds three vectors instead of all: right for the density, but the extreme nodes then
+        come with ghost copies.
+      progress: ``progress(done, total)`` in steps over all draws.
+
+    Returns:
+      `Spectrum`, on the host in float64.
+
+    Raises:
+      ValueError: for fewer than one step or draw, or a product that is not finite.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxhess as jh
+      >>> spec = jh.spectrum(lambda v: jnp.arange(4.0) * v, like=jnp.zeros(4), key=jax.random.key(0))
+      >>> abs(spec.nodes - [0, 1, 2, 3]).max() < 1e-5
+      np.True_
+
+    Reference: Ubaru, Chen and Saad 2017, Fast estimation of tr(f(A)) via stochastic Lanczos quadrature; Lin, Saad
+    and Yang 2016; Algorithm 2 of the paper.
+    """
+    check_count("num_steps", num_steps)
+    check_count("num_draws", num_draws)
+    dim = dimension(like)
+    if num_steps >= dim and reorthogonalize:
+        start = optax.tree.random_like(key, like, jax.random.normal)
+        found = lanczos(operator, start, dim, restart_key=jax.random.fold_in(key, 1), progress=progress)
+        return Spectrum(ritz(found.alphas, found.betas)[0], np.full(dim, 1 / dim), dim, num_steps)
+    draws = []
+    for draw in range(num_draws):
+        start = optax.tree.random_like(jax.random.fold_in(key, draw), like, jax.random.normal)
+        report = None if progress is None else partial(_report, progress, draw * num_steps, num_draws * num_steps)
+        found = lanczos(operator, start, num_steps, reorthogonalize=reorthogonalize, progress=report)
+        values, vectors, residuals = ritz(found.alphas, found.betas)
+        draws.append((values, vectors[0] ** 2 / num_draws, residuals))
+    nodes, weights, residuals = (np.concatenate(parts) for parts in zip(*draws, strict=True))
+    return Spectrum(nodes, weights, dim, num_steps, residuals)
+
+
+def _report(progress, before, total, done, _):
+    progress(before + done, total)
+
+
+def layer_spectra(
+    objective: Callable,
+    params: PyTree,
+    batch: PyTree,
+    *,
+    key: jax.Array,
+    num_steps: int = 128,
+    num_draws: int = 1,
+    curvature: str = "hessian",
+    method: str = "lanczos",
+    reorthogonalize: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+    has_aux: bool = False,
+) -> dict[str, Spectrum]:
+    """The spectrum of every layer's block, and of the whole net.
+
+    One compiled product of the whole net serves every layer (zeros in, the layer's part out): a product for each
+    layer would be a compilation for each layer, which costs more than it saves.
+
+    Args:
+      objective: a loss, or an `Objective` (which "ggn" and "functional" need).
+      params, batch, has_aux: as for `hessian`.
+      key: a JAX random key.
+      num_steps, num_draws, reorthogonalize: as for `spectrum`.
+      curvature: "hessian", "ggn" or "functional".
+      method: "lanczos", or for the GGN "gram": exact, from the Gram matrix (see `ggn_eigenvalues`).
+      progress: ``progress(done, total)`` in Lanczos steps over all layers.
+
+    Returns:
+      {layer: Spectrum} in network order, and "total" for the whole net.
+
+    Raises:
+      TypeError, ValueError: as `hessian` and `spectrum`; ValueError for "gram" with another curvature.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxhess as jh
+      >>> objective = jh.Objective(lambda p, batch: batch["x"] @ p["fc"]["w"], jh.squared_error)
+      >>> batch = {"x": jnp.eye(2), "label": jnp.ones((2, 1))}
+      >>> params = {"fc": {"w": jnp.zeros((2, 1))}}
+      >>> spectra = jh.layer_spectra(objective, params, batch, key=jax.random.key(0))
+      >>> {name: round(spec.lambda_max, 4) for name, spec in spectra.items()}
+      {'fc': 1.0, 'total': 1.0}
+
+    Reference: Figures 1, 9 and 10 of the paper.
+    """
+    check_count("num_steps", num_steps)
+    check_count("num_draws", num_draws)
+    if method not in ("lanczos", "gram"):
+        raise ValueError(f"unknown method {method!r}; choose from ['gram', 'lanczos']")
+    if method == "gram" and curvature != "ggn":
+        raise ValueError(f"the Gram matrix gives the spectrum of the GGN only, not of {curvature!r}; use 'lanczos'")
+    loss, params = prepare(curvature, objective, params, batch, has_aux)
+    layers = find_layers(params, layer_names(params, loss, batch))
+    if method == "gram":
+        values = gram_eigenvalues(loss, params, batch, layers, progress=progress)
+        dims = {layer.name: dimension(layer.arrays(params)) for layer in layers} | {"total": dimension(params)}
+        return {name: Spectrum.from_eigenvalues(values[name], dims[name]) for name in dims}
+
+    product = _operator(curvature, loss, params, batch, None, False)
+    if not isinstance(batch, Batches):
+        product = linearize(product, like=params)
+    dims = [min(dimension(like), num_steps) for like in (*(layer.take(params) for layer in layers), params)]
+    total, before, spectra = sum(dims) * num_draws, 0, {}
+    for i, (layer, steps) in enumerate(zip((*layers, None), dims, strict=True)):
+        spectra["total" if layer is None else layer.name] = spectrum(
+            product if layer is None else _block(product, layer, params),
+            like=params if layer is None else layer.take(params),
+            key=jax.random.fold_in(key, i),
+            num_steps=steps,
+            num_draws=num_draws,
+            reorthogonalize=reorthogonalize,
+            progress=None if progress is None else partial(_report, progress, before, total),
+        )
+        before += steps * num_draws
+    return spectra
+
+
+def _block(product, layer, params):
+    """The diagonal block of a layer from the product of the whole net, on the host: only the ends are compiled."""
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return lambda part: _take(layer, product(_put(layer, zeros, part)))
+
+
+@partial(jax.jit, static_argnums=0)
+def _put(layer, tree, part):
+    return layer.put(tree, part)
+
+
+@partial(jax.jit, static_argnums=0)
+def _take(layer, tree):
+    return layer.take(tree)

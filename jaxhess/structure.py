@@ -1,0 +1,183 @@
+"""Exact spectra of the Gauss-Newton matrix from its Gram matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+
+from jaxhess.batches import Batches
+from jaxhess.layers import Layer, find_layers, layer_names
+from jaxhess.objective import Objective, check_factor, output_factor_product
+from jaxhess.operators import prepare
+
+PyTree = Any
+
+
+def ggn_eigenvalues(
+    objective: Objective,
+    params: PyTree,
+    batch: PyTree,
+    *,
+    layer: str | None = None,
+    max_bytes: int = 2**30,
+    progress: Callable[[int, int], None] | None = None,
+    has_aux: bool = False,
+) -> np.ndarray:
+    """All non-zero eigenvalues of G, or of one layer's G_l, exactly.
+
+    With B B' = S the matrix G = (J' B)(J' B)' has the non-zero eigenvalues of the Gram matrix (J' B)' (J' B), whose
+    side is the number of examples times C. Cheap while that is a few thousand; use `layer_spectra` beyond. The
+    Gram matrix is summed over layers and built in blocks of rows: no Jacobian of the whole net is ever held.
+
+    Where examples do not depend on each other (the outputs of an example alone are its outputs in the batch), each
+    row is differentiated through its own example only; otherwise (batch norm in training mode) through the batch.
+
+    Args:
+      objective: an `Objective` with a criterion convex in the outputs.
+      params, has_aux: as for `hessian`.
+      batch: one batch.
+      layer: a name from `layer_names`; by default the whole net.
+      max_bytes: memory for rows of the largest layer's Jacobian.
+      progress: ``progress(done, total)`` in blocks of the Gram matrix.
+
+    Returns:
+      (r,) float64, descending; values that rounding cannot tell from zero are left out.
+
+    Raises:
+      TypeError, ValueError: as `hessian`; TypeError for `Batches`; ValueError for a criterion without a factor.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxhess as jh
+      >>> objective = jh.Objective(lambda w, batch: batch["x"] @ w, jh.squared_error)
+      >>> batch = {"x": jnp.array([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0]]), "label": jnp.ones((2, 1))}
+      >>> jh.ggn_eigenvalues(objective, jnp.zeros((3, 1)), batch)
+      array([4., 1.])
+
+    Reference: Papyan 2019, section 2 (G as the second moment of delta_{i,c,c'}).
+    """
+    loss, params = prepare("ggn", objective, params, batch, has_aux)
+    layers = find_layers(params, layer_names(params) if layer is None else [layer])
+    values = gram_eigenvalues(loss, params, batch, layers, max_bytes=max_bytes, progress=progress)
+    return values["total" if layer is None else layer]
+
+
+def gram_eigenvalues(
+    loss: Objective,
+    params: PyTree,
+    batch: PyTree,
+    layers: Sequence[Layer],
+    *,
+    max_bytes: int = 2**30,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, np.ndarray]:
+    """The non-zero eigenvalues of G_l for each layer, and of their sum as "total"; see `ggn_eigenvalues`."""
+    if isinstance(batch, Batches):
+        raise TypeError(
+            "the Gram matrix pairs every example with every other and takes one batch, not Batches; "
+            "join them into one, or use method='lanczos'"
+        )
+    layers = tuple(layers)
+    outputs = _predict(loss, params, batch)
+    check_factor(loss.criterion, outputs, batch)
+    split = _independent(loss, params, batch, outputs)
+    count = len(outputs) if split else outputs.size
+    rows_each = outputs.size // count
+    widest = max(sum(x.nbytes for x in layer.arrays(params)) for layer in layers)
+    block = min(count, max(1, max_bytes // (2 * widest * rows_each)))
+    starts = range(0, count, block)
+
+    grams = {layer.name: np.zeros((outputs.size, outputs.size)) for layer in layers}
+    pairs = [(a, b) for a in starts for b in starts if a <= b]
+    for done, (a, b) in enumerate(pairs, 1):
+        # One shape for all blocks; what is too many at the end is cut off again.
+        left, right = (np.minimum(np.arange(s, s + block), count - 1) for s in (a, b))
+        tiles = _gram_tiles(loss, layers, split, params, batch, left, None if a == b else right)
+        rows, columns = (slice(s * rows_each, min(s + block, count) * rows_each) for s in (a, b))
+        for layer, tile in zip(layers, tiles, strict=True):
+            tile = np.asarray(tile, np.float64)[: rows.stop - rows.start, : columns.stop - columns.start]
+            grams[layer.name][rows, columns] = tile
+            grams[layer.name][columns, rows] = tile.T
+        if progress is not None:
+            progress(done, len(pairs))
+    grams["total"] = sum(grams.values())
+    return {name: _nonzero(gram, outputs.dtype) for name, gram in grams.items()}
+
+
+def _nonzero(gram, dtype):
+    values = scipy.linalg.eigvalsh(gram)[::-1]
+    return values[values > 10 * np.finfo(dtype).eps * max(values[0], 0)]
+
+
+@partial(jax.jit, static_argnums=0)
+def _predict(loss, params, batch):
+    return loss.predict(params, batch)
+
+
+def _independent(loss, params, batch, outputs):
+    """Whether the outputs of each example taken alone are those of the batch."""
+    if outputs.ndim < 2:
+        return False
+    try:
+        alone = _predict_alone(loss, params, batch, np.arange(len(outputs)))
+    except (TypeError, ValueError):  # a batch that cannot be taken apart along its first axis
+        return False
+    tolerance = 1e-4 * float(jnp.max(jnp.abs(outputs)))
+    return alone.shape == outputs.shape and float(jnp.max(jnp.abs(alone - outputs))) <= tolerance
+
+
+def _example(batch, count, i):
+    """Example i as a batch of one: arrays with the examples' leading axis are cut, others are shared."""
+
+    def cut(x):
+        return jax.lax.dynamic_slice_in_dim(x, i, 1) if jnp.shape(x)[:1] == (count,) else x
+
+    return jax.tree.map(cut, batch)
+
+
+@partial(jax.jit, static_argnums=0)
+def _predict_alone(loss, params, batch, ids):
+    return jax.vmap(lambda i: loss.predict(params, _example(batch, len(ids), i))[0])(ids)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _gram_tiles(loss, layers, independent, params, batch, left, right):
+    """For each layer the inner products of the rows of B' J_l at two sets of examples (or of single rows)."""
+    count = jax.eval_shape(loss.predict, params, batch).shape[0]
+
+    def rows_of_example(i):
+        one = _example(batch, count, i)
+        outputs, pull = jax.vjp(lambda p: loss.predict(p, one), params)
+        basis = jnp.eye(outputs.size, dtype=outputs.dtype).reshape(-1, *outputs.shape)
+        # The criterion of one example is its mean over one: the 1/N of the whole is put in here.
+        return jax.vmap(lambda e: pull(output_factor_product(loss.criterion, outputs, one, e) / count**0.5)[0])(basis)
+
+    def rows_of_batch(ids):
+        outputs, pull = jax.vjp(lambda p: loss.predict(p, batch), params)
+
+        def row(i):
+            basis = jnp.zeros(outputs.size, outputs.dtype).at[i].set(1).reshape(outputs.shape)
+            return pull(output_factor_product(loss.criterion, outputs, batch, basis))[0]
+
+        return jax.vmap(row)(ids)
+
+    def rows(ids):
+        if not independent:
+            return rows_of_batch(ids)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.vmap(rows_of_example)(ids))
+
+    def tile(layer, a, b):
+        pick = [layer._replace(index=None).arrays(side) for side in (a, b)]
+        if layer.index is not None:  # the rows stand before the axis of scanned layers
+            pick = [[x[:, layer.index] for x in side] for side in pick]
+        return sum(x.reshape(len(x), -1) @ y.reshape(len(y), -1).T for x, y in zip(*pick, strict=True))
+
+    with jax.default_matmul_precision("float32"):
+        a = rows(left)
+        b = a if right is None else rows(right)
+        return [tile(layer, a, b) for layer in layers]

@@ -1,0 +1,173 @@
+"""The table of a net: one row a layer and one for the whole."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import optax
+
+from jaxhess.distances import count_outliers, wasserstein
+from jaxhess.lanczos import dimension
+from jaxhess.layers import find_layers, layer_names
+from jaxhess.objective import Objective
+from jaxhess.operators import prepare
+from jaxhess.spectrum import Spectrum, layer_spectra
+from jaxhess.trace import Estimate, layer_traces
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What `summarize` finds of one layer, or of the whole net.
+
+    Attributes:
+      parameters: number of parameters.
+      trace: Tr(Hess_l) with its standard error.
+      ggn_trace: Tr(G_l) likewise; None for a plain loss.
+      lambda_max, lambda_min: extreme Ritz values of Hess_l.
+      lambda_max_residual, lambda_min_residual: an eigenvalue lies within this of the Ritz value.
+      trace_norm2: Tr(Hess_l) * ||w_l||^2, which does not change when a scale-invariant layer is scaled.
+      outliers: `count_outliers` of the spectrum.
+      wasserstein: distance of the spectrum to the whole net's, in units of eigenvalues.
+    """
+
+    parameters: int
+    trace: Estimate
+    ggn_trace: Estimate | None
+    lambda_max: float
+    lambda_max_residual: float
+    lambda_min: float
+    lambda_min_residual: float
+    trace_norm2: float
+    outliers: int
+    wasserstein: float
+
+
+class Summary(Mapping):
+    """{layer: Record, ..., "total": Record} in network order; prints as a table.
+
+    Attributes:
+      spectra: {layer: Spectrum} of the Hessian, from which the records were made.
+    """
+
+    def __init__(self, records: dict[str, Record], spectra: dict[str, Spectrum]):
+        self._records, self.spectra = records, spectra
+
+    def __getitem__(self, name: str) -> Record:
+        return self._records[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._records)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Plain numbers, for JSON: {layer: {column: number or [mean, standard error] or None}}."""
+
+        def plain(value):
+            if isinstance(value, Estimate):
+                return [float(value.mean), float(value.std_error)]
+            return value if value is None or isinstance(value, int) else float(value)
+
+        return {
+            name: {field.name: plain(getattr(record, field.name)) for field in dataclasses.fields(record)}
+            for name, record in self.items()
+        }
+
+    def __str__(self) -> str:
+        heads = ("layer", "params", "Tr Hess", "Tr G", "lambda_max", "lambda_min", "Tr*|w|^2", "outliers", "W1 to total")
+        rows = [heads]
+        for name, r in self.items():
+            rows.append(
+                (
+                    name,
+                    f"{r.parameters:,}",
+                    str(r.trace),
+                    "-" if r.ggn_trace is None else str(r.ggn_trace),
+                    f"{r.lambda_max:.4g} ({r.lambda_max_residual:.0e})",
+                    f"{r.lambda_min:.4g} ({r.lambda_min_residual:.0e})",
+                    f"{r.trace_norm2:.4g}",
+                    str(r.outliers),
+                    "-" if name == "total" else f"{r.wasserstein:.3g}",
+                )
+            )
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+            for row in rows
+        ]
+        lines.insert(1, "-" * len(lines[0]))
+        lines.insert(len(lines) - 1, lines[1])
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def summarize(
+    objective: Callable,
+    params: PyTree,
+    batch: PyTree,
+    *,
+    key: jax.Array,
+    num_probes: int = 64,
+    num_steps: int = 64,
+    progress: Callable[[int, int], None] | None = None,
+    has_aux: bool = False,
+) -> Summary:
+    """The curvature of every layer and of the whole net, as a table.
+
+    Args:
+      objective: an `Objective`; a plain loss gives a table without Tr G.
+      params, batch, has_aux: as for `hessian`.
+      key: a JAX random key.
+      num_probes: probes of each trace.
+      num_steps: Lanczos steps of each spectrum. The residuals beside lambda_max and lambda_min say whether they
+        were enough.
+      progress: as for `layer_spectra`.
+
+    Returns:
+      `Summary`: a mapping of `Record` that prints as a table, "total" last.
+
+    Raises:
+      TypeError, ValueError: as `hessian`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxhess as jh
+      >>> objective = jh.Objective(lambda p, batch: batch["x"] @ p["fc"]["w"], jh.squared_error)
+      >>> batch = {"x": jnp.eye(2), "label": jnp.ones((2, 1))}
+      >>> table = jh.summarize(objective, {"fc": {"w": jnp.zeros((2, 1))}}, batch, key=jax.random.key(0))
+      >>> list(table), table["fc"].parameters, round(table["fc"].lambda_max, 4)
+      (['fc', 'total'], 2, 1.0)
+
+    Reference: the paper's sections on layerwise spectra, lambda_max and traces.
+    """
+    loss, params = prepare("hessian", objective, params, batch, has_aux)
+    keys = jax.random.split(key, 3)
+    traces = layer_traces(loss, params, batch, key=keys[0], num_probes=num_probes)
+    ggn_traces = {}
+    if isinstance(loss, Objective):
+        ggn_traces = layer_traces(loss, params, batch, key=keys[1], num_probes=num_probes, curvature="ggn")
+    spectra = layer_spectra(loss, params, batch, key=keys[2], num_steps=num_steps, progress=progress)
+
+    layers = {layer.name: layer.take(params) for layer in find_layers(params, layer_names(params, loss, batch))}
+    records = {}
+    for name, weights in (layers | {"total": params}).items():
+        spec = spectra[name]
+        records[name] = Record(
+            parameters=dimension(weights),
+            trace=traces[name],
+            ggn_trace=ggn_traces.get(name),
+            lambda_max=spec.lambda_max,
+            lambda_max_residual=float(spec.residuals[-1]),
+            lambda_min=spec.lambda_min,
+            lambda_min_residual=float(spec.residuals[0]),
+            trace_norm2=float(traces[name].mean) * float(optax.tree.norm(weights, squared=True)),
+            outliers=count_outliers(spec),
+            wasserstein=wasserstein(spec, spectra["total"]),
+        )
+    return Summary(records, spectra)

@@ -1,0 +1,278 @@
+"""Traces by random probes, each with its standard error: Hutchinson, and all layers at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxhess.batches import Batches, first_batch
+from jaxhess.layers import Layer, find_layers, layer_names
+from jaxhess.objective import Objective, check_factor, output_factor_product
+from jaxhess.operators import _Product, apply_stacked, prepare, runs_on_host
+
+PyTree = Any
+_SAMPLERS = {"rademacher": jax.random.rademacher, "gaussian": jax.random.normal}
+_CHUNK = 8
+
+
+class Estimate(NamedTuple):
+    """A mean over probes, its standard error (NaN for a single probe), and the number of probes."""
+
+    mean: jax.Array
+    std_error: jax.Array
+    num_probes: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4g} +- {self.std_error:.2g}"
+
+
+def trace(
+    operator: Callable[[PyTree], PyTree],
+    *,
+    like: PyTree,
+    key: jax.Array,
+    num_probes: int = 64,
+    probe: str = "rademacher",
+    rtol: float | None = None,
+    atol: float | None = None,
+    max_probes: int = 1024,
+    chunk_size: int = _CHUNK,
+) -> Estimate:
+    """Hutchinson's estimate of a trace: the mean of v' A v over random v with E[v v'] = I.
+
+    A Rademacher probe has the variance 2 * (||A||_F^2 - sum_i A_ii^2), a Gaussian one 2 * ||A||_F^2.
+
+    Args:
+      operator: v -> A v, as from `hessian`; traceable by JAX, or over `Batches`.
+      like: a pytree of arrays like v.
+      key: a JAX random key; the same key gives the same probes, and more probes begin with the fewer.
+      num_probes: number of probes; with a tolerance, the least number.
+      probe: "rademacher" or "gaussian".
+      rtol, atol: with either, probes are added until the standard error is at most max(atol, rtol * |mean|), or
+        ``max_probes`` is reached. The standard error of the result tells which.
+      max_probes: largest number of probes under a tolerance.
+      chunk_size: probes at a time; memory is that of so many products.
+
+    Returns:
+      `Estimate` of scalars. Works under ``jit`` without tolerances.
+
+    Raises:
+      ValueError: for fewer than one probe, an unknown probe, a negative tolerance, or a product that is not finite.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxhess as jh
+      >>> est = jh.trace(lambda v: 2.0 * v, like=jnp.zeros(5), key=jax.random.key(0), num_probes=4)
+      >>> float(est.mean), float(est.std_error), est.num_probes
+      (10.0, 0.0, 4)
+
+    Reference: Hutchinson 1990; Avron and Toledo 2011; Algorithm 1 of the paper.
+    """
+    draw = partial(_quadratic_forms, operator, like, sampler(probe))
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((operator, like, key)))
+    return _estimate(draw, key, num_probes, rtol, atol, max_probes, chunk_size, traced, ("the operator",))[0]
+
+
+def layer_traces(
+    objective: Callable,
+    params: PyTree,
+    batch: PyTree,
+    *,
+    key: jax.Array,
+    num_probes: int = 64,
+    curvature: str = "hessian",
+    probe: str = "rademacher",
+    rtol: float | None = None,
+    atol: float | None = None,
+    max_probes: int = 1024,
+    chunk_size: int = _CHUNK,
+    has_aux: bool = False,
+) -> dict[str, Estimate]:
+    """The traces of every layer's block, and of the whole, from the same probes.
+
+    "hessian" and "functional": with one probe v over all parameters, v_l . (A v)_l is unbiased for Tr(A_l) for
+    every layer at once, for one product of the whole net. "ggn": with B B' = S and random e over the outputs,
+    ||(J' B e)_l||^2 is unbiased for Tr(G_l), for one backward pass. Where the two traces agree (piecewise linear
+    nets with fixed batch statistics: H_l = 0), "ggn" is several times as precise and costs half.
+
+    Args:
+      objective: a loss, or an `Objective` (which "ggn" and "functional" need).
+      params: a pytree of floating-point arrays.
+      batch: any pytree, or `Batches`.
+      key: a JAX random key.
+      num_probes, probe, rtol, atol, max_probes, chunk_size: as for `trace`; a tolerance must hold for every layer
+        and for the total.
+      curvature: "hessian", "ggn" or "functional".
+      has_aux: as for `hessian`.
+
+    Returns:
+      {layer: Estimate} in network order, and "total" with the standard error of the sum: layers share probes, so
+      that it is not the root of the sum of squares.
+
+    Raises:
+      TypeError, ValueError: as `hessian` and `trace`; ValueError for "ggn" with a criterion that is not convex.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxhess as jh
+      >>> objective = jh.Objective(lambda p, batch: batch["x"] @ p["fc"]["w"], jh.squared_error)
+      >>> batch = {"x": jnp.eye(2), "label": jnp.ones((2, 1))}
+      >>> params = {"fc": {"w": jnp.zeros((2, 1))}}
+      >>> traces = jh.layer_traces(objective, params, batch, key=jax.random.key(0), num_probes=4)
+      >>> {name: float(est.mean) for name, est in traces.items()}
+      {'fc': 2.0, 'total': 2.0}
+
+    Reference: Hutchinson 1990; for the one-backward estimator Schraudolph 2002 and Martens et al. 2012 (curvature
+    propagation).
+    """
+    loss, params = prepare(curvature, objective, params, batch, has_aux)
+    names = layer_names(params, loss, batch)
+    samples = _LayerSamples(curvature, loss, find_layers(params, names), sampler(probe))
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, key)))
+    if not isinstance(batch, Batches):
+        traced = traced or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(batch))
+    if curvature == "ggn" and not traced and not hasattr(loss.criterion, "factor_product"):
+        one = first_batch(batch)
+        check_factor(loss.criterion, loss.predict(params, one), one)
+    names = (*names, "total")
+    draw = partial(samples.over_batches if isinstance(batch, Batches) else samples, params, batch)
+    estimates = _estimate(draw, key, num_probes, rtol, atol, max_probes, chunk_size, traced, names)
+    return dict(zip(names, estimates, strict=True))
+
+
+def sampler(probe: str) -> Callable:
+    """``sampler(key, shape, dtype)`` of a probe's name."""
+    if probe not in _SAMPLERS:
+        raise ValueError(f"unknown probe {probe!r}; choose from {sorted(_SAMPLERS)}")
+    return _SAMPLERS[probe]
+
+
+# ---- one sample for each probe: (probes,) keys -> (probes, quantities) ----
+
+
+@partial(jax.jit, static_argnums=1)
+def _draw(like, distribution, keys):
+    return jax.vmap(lambda key: optax.tree.random_like(key, like, distribution))(keys)
+
+
+@jax.jit
+def _dots(vectors, products):
+    return jax.vmap(optax.tree.vdot)(vectors, products)[:, None]
+
+
+def _quadratic_forms(operator, like, distribution, keys):
+    vectors = _draw(like, distribution, keys)
+    return _dots(vectors, apply_stacked(operator, vectors))
+
+
+class _LayerSamples(NamedTuple):
+    """Samples of every layer's trace and of their sum; static under ``jit``."""
+
+    kind: str
+    loss: Callable
+    layers: tuple[Layer, ...]
+    distribution: Callable
+
+    def __call__(self, params, batch, keys):
+        return _layer_samples(self, params, batch, keys, None, 1.0)
+
+    def over_batches(self, params, batches, keys):
+        total, mean = 0, None
+        for number, (size, batch) in enumerate(batches.weighted()):
+            total += size
+            # A fresh draw for each batch where the estimate is a sum over examples; the same v where it is v' A v.
+            batch_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number) if self.kind == "ggn" else keys
+            mean = _layer_samples(self, params, batch, batch_keys, mean, size / total)
+        return mean
+
+
+@partial(jax.jit, static_argnums=0)
+def _layer_samples(spec, params, batch, keys, mean, share):
+    with jax.default_matmul_precision("float32"):
+        form = _ggn_forms if spec.kind == "ggn" else _product_forms
+        parts = form(spec, params, batch, keys)
+    new = jnp.concatenate([parts, parts.sum(1, keepdims=True)], axis=1)
+    return new if mean is None else mean + jnp.asarray(share, new.dtype) * (new - mean)
+
+
+def _product_forms(spec, params, batch, keys):
+    product = _Product(spec.kind, spec.loss, None)
+
+    def one(key):
+        v = optax.tree.random_like(key, params, spec.distribution)
+        product_v = product(params, batch, v)
+        return jnp.stack([optax.tree.vdot(layer.arrays(v), layer.arrays(product_v)) for layer in spec.layers])
+
+    return jax.vmap(one)(keys)
+
+
+def _ggn_forms(spec, params, batch, keys):
+    outputs, pull = jax.vjp(lambda p: spec.loss.predict(p, batch), params)
+
+    def one(key):
+        noise = spec.distribution(key, outputs.shape, outputs.dtype)
+        (gradient,) = pull(output_factor_product(spec.loss.criterion, outputs, batch, noise))
+        return jnp.stack([optax.tree.norm(layer.arrays(gradient), squared=True) for layer in spec.layers])
+
+    return jax.vmap(one)(keys)
+
+
+# ---- means, standard errors, and when to stop ----
+
+
+def _estimate(draw, key, num_probes, rtol, atol, max_probes, chunk_size, traced, names):
+    """Estimates from ``draw(keys) -> (len(keys), quantities)``, in equal chunks of keys."""
+    check_count("num_probes", num_probes)
+    check_count("chunk_size", chunk_size)
+    adaptive = rtol is not None or atol is not None
+    if adaptive:
+        check_count("max_probes", max_probes)
+        if min(rtol or 0, atol or 0) < 0:
+            raise ValueError(f"tolerances must not be negative, got rtol={rtol}, atol={atol}")
+        if traced:
+            raise TypeError("a stopping rule reads values between probes and cannot run under jit; leave out rtol, atol")
+    if traced:
+        samples = jax.lax.map(lambda k: draw(k[None])[0], _keys(key, 0, num_probes), batch_size=chunk_size)
+        return _summary(samples, jnp)
+
+    chunk = -(-num_probes // -(-num_probes // chunk_size))  # equal chunks: one shape, one compilation
+    samples = np.zeros((0, len(names)))
+    while True:
+        keys = _keys(key, len(samples), chunk)
+        samples = np.concatenate([samples, np.asarray(draw(keys), np.float64)])
+        if not np.isfinite(samples[-chunk:]).all():
+            bad = [name for name, ok in zip(names, np.isfinite(samples).all(0), strict=True) if not ok]
+            raise ValueError(f"probes gave values that are not finite for {bad}; look for overflow or NaN in the loss")
+        if len(samples) < num_probes:
+            continue
+        # At most a chunk too many were drawn.
+        limit = max(num_probes, max_probes) if adaptive else num_probes
+        estimates = _summary(samples[:limit], np)
+        if not adaptive or len(samples) >= limit:
+            return estimates
+        if all(e.std_error <= max(atol or 0.0, (rtol or 0.0) * abs(e.mean)) for e in estimates):
+            return estimates
+
+
+def _summary(samples, xp):
+    count = samples.shape[0]
+    errors = samples.std(0, ddof=1) / count**0.5 if count > 1 else xp.full(samples.shape[1:], xp.nan)
+    return [Estimate(mean, error, count) for mean, error in zip(samples.mean(0), errors, strict=True)]
+
+
+@partial(jax.jit, static_argnums=2)
+def _keys(key, first, count):
+    """Keys number first, first + 1, ...: the same for the same number, however many are drawn."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    return jax.vmap(partial(jax.random.fold_in, key))(first + jnp.arange(count))
+
+
+def check_count(name: str, value: int) -> None:
+    """ValueError for a number of things that is not a whole number of at least one."""
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")

@@ -1,0 +1,29 @@
+"""Settings for all tests: a compilation cache on disk, no implicit rank promotion, warnings as errors (pyproject)."""
+
+import os
+import pathlib
+
+import jax
+import pytest
+
+CACHE = pathlib.Path(os.environ.get("JAXHESS_TEST_CACHE", pathlib.Path(__file__).parent.parent / ".cache" / "jax"))
+
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def x64():
+    """Double precision for one test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def data_dir():
+    """The folder of the real data sets; tests that need it are skipped where the variable is not set."""
+    path = os.environ.get("JAXHESS_DATA_DIR")
+    if not path:
+        pytest.skip("JAXHESS_DATA_DIR is not set")
+    return path
