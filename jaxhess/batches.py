@@ -19,13 +19,13 @@ def leading_axis(batch: PyTree) -> int:
       ValueError: if the batch has no arrays, or they do not share a leading axis.
     """
     shapes = {jax.tree_util.keystr(path): np.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(batch)}
-    sizes = {shape[0] if shape else None for shape in shapes.values()}
-    if len(sizes) != 1 or None in sizes:
+    sizes = {shape[:1] for shape in shapes.values()}
+    if len(sizes) != 1 or () in sizes:
         raise ValueError(
             f"the arrays of the batch share no leading axis ({shapes or 'it has none'}), so its number of examples "
             f"is unknown; say it with Batches(batches, size=lambda batch: ...)"
         )
-    return sizes.pop()
+    return sizes.pop()[0]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -103,15 +103,19 @@ def kl_divergence(
 
 
 def count_outliers(spec_or_values: Spectrum | np.ndarray, *, method: str = "gap") -> int:
-    """The number of large eigenvalues that stand apart from the bulk, from the eigenvalues alone.
+    """The number of large eigenvalues that stand apart from the bulk, found from the eigenvalues alone.
 
-    "gap": with positive eigenvalues l_1 >= l_2 >= ..., the k of the largest ratio l_k / l_{k+1} among the
-    eigenvalues above the mean of all (with l_{k+1} their last neighbour below); no outliers where no ratio reaches 1.5. "profile": the
-    split of the logarithms of the same eigenvalues into two groups of one common variance that is most likely.
+    Candidates are the positive eigenvalues l_1 >= l_2 >= ... above the mean of all absolute values; of a Lanczos
+    spectrum only the leading Ritz values that have converged (residual below 5% of the value), since the others
+    stand for many eigenvalues each.
+
+    "gap": the k of the largest ratio l_k / l_{k+1}, provided it is at least 1.5; else 0.
+    "profile": the k that makes a split of the candidates' logarithms into two normal groups of one variance most
+    likely; with three candidates or more it always finds a split.
 
     Args:
-      spec_or_values: `Spectrum`, or an array of eigenvalues. Of a Lanczos spectrum use one draw: in several, each
-        eigenvalue comes once a draw.
+      spec_or_values: `Spectrum`, or an array of all eigenvalues. Of a Lanczos spectrum take one draw: with several,
+        each eigenvalue comes once a draw.
       method: "gap" or "profile".
 
     Returns:
@@ -128,7 +132,29 @@ def count_outliers(spec_or_values: Spectrum | np.ndarray, *, method: str = "gap"
     Reference: Ahn and Horenstein 2013, Eigenvalue ratio test for the number of factors (the ratio, and the bound by
     the mean); Zhu and Ghodsi 2006, Automatic dimensionality selection from the scree plot ("profile").
     """
-    raise NotImplementedError
+    if method not in ("gap", "profile"):
+        raise ValueError(f"unknown method {method!r}; choose from ['gap', 'profile']")
+    spec = spec_or_values
+    if not isinstance(spec, Spectrum):
+        spec = Spectrum.from_eigenvalues(spec)
+    values, residuals = spec.nodes[::-1], spec.residuals[::-1]
+    apart = (values > spec.weights @ np.abs(spec.nodes)) & (residuals < 0.05 * values)
+    count = len(values) if apart.all() else int(np.argmin(apart))
+    if method == "profile":
+        return _profile_split(np.log(values[:count])) if count >= 3 else 0
+    if count == 0 or len(values) < 2:
+        return 0
+    following = np.maximum(np.append(values[1:], values[-1])[:count], np.finfo(float).tiny)
+    ratios = values[:count] / following
+    best = int(np.argmax(ratios))
+    return best + 1 if ratios[best] >= 1.5 else 0
+
+
+def _profile_split(x):
+    """The size of the first of two groups of normal x with one variance, most likely of all splits."""
+    n = len(x)
+    spread = [n * np.var(x)] + [k * np.var(x[:k]) + (n - k) * np.var(x[k:]) for k in range(1, n)]
+    return int(np.argmin(spread[1:])) + 1
 
 
 def _check(*spectra):

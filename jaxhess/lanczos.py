@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import scipy.linalg
+from numpy.typing import ArrayLike
 
 from jaxhess.operators import apply_stacked, as_partial, runs_on_host
-from jaxhess.trace import check_count
+from jaxhess.trace import check_count, random_like
 
 PyTree = Any
 
@@ -31,8 +32,8 @@ class Tridiagonal(NamedTuple):
       basis: pytree of (m, *leaf.shape), orthonormal rows; None without reorthogonalisation.
     """
 
-    alphas: jax.Array
-    betas: jax.Array
+    alphas: jax.Array | np.ndarray
+    betas: jax.Array | np.ndarray
     num_steps: jax.Array | int
     basis: PyTree | None
 
@@ -108,7 +109,7 @@ def lanczos(
         state, basis = jax.lax.fori_loop(0, num_steps, body, _begin(start, num_steps, reorthogonalize))
         return Tridiagonal(state.alphas, state.betas, state.num_valid, basis)
 
-    norm = float(optax.tree.norm(start))
+    norm = float(tree_norm(start))
     if not (np.isfinite(norm) and norm > 0):
         raise ValueError(f"Lanczos needs a start vector that is finite and not zero, got norm {norm}")
     state, basis = _begin(start, num_steps, reorthogonalize)
@@ -128,7 +129,7 @@ def lanczos(
     return Tridiagonal(alphas, betas, done, basis)
 
 
-def ritz(alphas: np.ndarray, betas: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def ritz(alphas: ArrayLike, betas: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Eigenvalues of T, ascending, its eigenvectors in columns, and the residual norms of the Ritz pairs.
 
     The residual of A y - theta y is |beta_m s_m|, with s_m the last entry of the eigenvector: some eigenvalue of A
@@ -191,7 +192,7 @@ def top_eigenpairs(
     if steps < k:
         raise ValueError(f"num_steps = {num_steps} Lanczos steps cannot give k = {k} eigenpairs; take more steps")
     start_key, restart_key = jax.random.split(key)
-    start = optax.tree.random_like(start_key, like, jax.random.normal)
+    start = random_like(start_key, like)
     found = lanczos(operator, start, steps, restart_key=restart_key, progress=progress)
     values, vectors, _ = ritz(found.alphas, found.betas)
     top = np.argsort(values)[::-1][:k]
@@ -202,6 +203,9 @@ def top_eigenpairs(
 def dimension(tree: PyTree) -> int:
     """The number of entries of all arrays of a tree."""
     return sum(int(np.size(x)) for x in jax.tree.leaves(tree))
+
+
+tree_norm = jax.jit(optax.tree.norm)
 
 
 @jax.jit
@@ -276,7 +280,7 @@ def _advance(state, basis, product, restart_key):
 @partial(jax.jit, donate_argnums=0)
 def _write(basis, vector, step):
     """The basis with one row more, in place. Apart from `_advance`: in one program with what reads it XLA copies."""
-    return jax.tree.map(lambda rows, q: rows.at[step].set(q), basis, vector)
+    return None if basis is None else jax.tree.map(lambda rows, q: rows.at[step].set(q), basis, vector)
 
 
 def _orthogonalize(basis, last, vector):
@@ -292,7 +296,7 @@ def _orthogonalize(basis, last, vector):
 
 def _fresh(basis, last, key):
     """A random unit vector orthogonal to the basis and the last vector; zero where they span the space."""
-    vector = optax.tree.random_like(key, last, jax.random.normal)
+    vector = random_like(key, last)
     size = optax.tree.norm(vector)
     vector = _orthogonalize(basis, last, _orthogonalize(basis, last, vector))
     norm = optax.tree.norm(vector)

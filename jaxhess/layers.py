@@ -28,7 +28,7 @@ class Layer(NamedTuple):
     name: str
     leaves: tuple[int, ...]
     treedef: Any  # of its subtree
-    index: int | None
+    scan_index: int | None
 
     def take(self, tree: PyTree) -> PyTree:
         """The layer's part of a tree like the parameters."""
@@ -37,7 +37,7 @@ class Layer(NamedTuple):
     def arrays(self, tree: PyTree) -> list:
         """The layer's arrays, as a list."""
         leaves = tree_util.tree_leaves(tree)
-        return [leaves[i] if self.index is None else leaves[i][self.index] for i in self.leaves]
+        return [leaves[i] if self.scan_index is None else leaves[i][self.scan_index] for i in self.leaves]
 
     def unflatten(self, arrays: Sequence) -> PyTree:
         """The layer's subtree from its arrays."""
@@ -47,7 +47,7 @@ class Layer(NamedTuple):
         """The tree with this layer's part replaced."""
         leaves, treedef = tree_util.tree_flatten(tree)
         for i, new in zip(self.leaves, self.treedef.flatten_up_to(part), strict=True):
-            leaves[i] = new if self.index is None else leaves[i].at[self.index].set(new)
+            leaves[i] = new if self.scan_index is None else leaves[i].at[self.scan_index].set(new)
         return tree_util.tree_unflatten(treedef, leaves)
 
 
@@ -148,7 +148,7 @@ def find_layer(params: PyTree, name: str) -> Layer:
         lengths = {jnp.shape(tree_util.tree_leaves(params)[i])[:1] for i in leaves}
         if len(lengths) != 1 or lengths == {()} or index >= min(lengths)[0]:
             raise ValueError(f"unknown layer {name!r}: the arrays of {base!r} have leading axes {sorted(lengths)}")
-    return Layer(name, *_subtree(params, owner, leaves), index)
+    return Layer(name, *_subtree(params, owner, leaves), scan_index=index)
 
 
 def find_layers(params: PyTree, names: Sequence[str]) -> tuple[Layer, ...]:
@@ -183,12 +183,12 @@ def _modules(params):
     return {name: (owner, tuple(leaves)) for name, (owner, leaves) in modules.items()}
 
 
-def _subtree(params, owner, leaves):
+def _subtree(params, owner, leaves) -> tuple[tuple[int, ...], Any]:
     """The leaves and the structure of a module's subtree: the node itself, or a dict where it has submodules too."""
     nodes = tree_util.tree_flatten_with_path(
         params, is_leaf=lambda path, _: tuple(path) == owner, is_leaf_takes_path=True
     )[0]
-    treedef = tree_util.tree_structure(next(node for path, node in nodes if tuple(path) == owner))
+    treedef: Any = tree_util.tree_structure(next(node for path, node in nodes if tuple(path) == owner))
     if treedef.num_leaves == len(leaves):
         return leaves, treedef
     paths = [path for path, _ in tree_util.tree_leaves_with_path(params)]
@@ -277,9 +277,7 @@ def _fixpoint(body, ins, consts, carried, uses):
     """A loop's body once more than the tags of what it carries need to settle."""
     for _ in range(2):
         outs = _walk(body, ins, uses)
-        ins = [
-            _merge(tag, outs[i - consts]) if consts <= i < consts + carried else tag for i, tag in enumerate(ins)
-        ]
+        ins = [_merge(tag, outs[i - consts]) if consts <= i < consts + carried else tag for i, tag in enumerate(ins)]
     return outs
 
 

@@ -122,7 +122,7 @@ def functional_hessian(
     return _operator("functional", objective, params, batch, layer, has_aux)
 
 
-def linearize(operator: Operator, *, like: PyTree) -> Partial:
+def linearize(operator: Operator, *, like: PyTree) -> Operator:
     """The same product with everything that does not depend on v computed once and kept.
 
     Takes the forward and backward pass out of each product, for the memory of their intermediate values. Worth it
@@ -172,9 +172,10 @@ def runs_on_host(operator: Operator) -> bool:
 
 def apply_stacked(operator: Operator, vectors: PyTree) -> PyTree:
     """A v for several v, stacked along a new leading axis; over `Batches`, each batch is read once for all."""
+    operator = as_partial(operator)
     if runs_on_host(operator):
         return operator.func(*operator.args, vectors, stacked=True)
-    return _apply_stacked(as_partial(operator), vectors)
+    return _apply_stacked(operator, vectors)
 
 
 @jax.jit
@@ -282,7 +283,7 @@ def _operator(kind, loss, params, batch, layer, has_aux):
     return Partial(product, params, batch)
 
 
-def prepare(kind: str, loss: Callable, params: PyTree, batch: PyTree, has_aux: bool = False) -> tuple[Callable, PyTree]:
+def prepare(kind: str, loss: Any, params: PyTree, batch: PyTree, has_aux: bool = False) -> tuple[Any, PyTree]:
     """Checks a loss, its parameters and its batch; returns the loss without aux, and the parameters to differentiate.
 
     Values (NaN, labels) are checked where they are concrete; under ``jit`` a NaN is carried through.

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import scipy.special
@@ -18,7 +17,7 @@ from jaxhess.lanczos import dimension, lanczos, ritz
 from jaxhess.layers import find_layers, layer_names
 from jaxhess.operators import _operator, linearize, prepare
 from jaxhess.structure import gram_eigenvalues
-from jaxhess.trace import check_count
+from jaxhess.trace import check_count, random_like
 
 PyTree = Any
 
@@ -53,7 +52,7 @@ class Spectrum:
     weights: np.ndarray
     dim: int
     num_steps: int = 128
-    residuals: np.ndarray | None = None
+    residuals: np.ndarray = None  # type: ignore[assignment]
 
     def __post_init__(self):
         nodes, weights = np.asarray(self.nodes, np.float64), np.asarray(self.weights, np.float64)
@@ -219,12 +218,12 @@ def spectrum(
     check_count("num_draws", num_draws)
     dim = dimension(like)
     if num_steps >= dim and reorthogonalize:
-        start = optax.tree.random_like(key, like, jax.random.normal)
+        start = random_like(key, like)
         found = lanczos(operator, start, dim, restart_key=jax.random.fold_in(key, 1), progress=progress)
         return Spectrum(ritz(found.alphas, found.betas)[0], np.full(dim, 1 / dim), dim, num_steps)
     draws = []
     for draw in range(num_draws):
-        start = optax.tree.random_like(jax.random.fold_in(key, draw), like, jax.random.normal)
+        start = random_like(jax.random.fold_in(key, draw), like)
         report = None if progress is None else partial(_report, progress, draw * num_steps, num_draws * num_steps)
         found = lanczos(operator, start, num_steps, reorthogonalize=reorthogonalize, progress=report)
         values, vectors, residuals = ritz(found.alphas, found.betas)
@@ -298,14 +297,14 @@ def layer_spectra(
     product = _operator(curvature, loss, params, batch, None, False)
     if not isinstance(batch, Batches):
         product = linearize(product, like=params)
-    dims = [min(dimension(like), num_steps) for like in (*(layer.take(params) for layer in layers), params)]
-    total, before, spectra = sum(dims) * num_draws, 0, {}
-    for i, (layer, steps) in enumerate(zip((*layers, None), dims, strict=True)):
+    counts = [min(dimension(like), num_steps) for like in (*(layer.take(params) for layer in layers), params)]
+    total, before, spectra = sum(counts) * num_draws, 0, {}
+    for i, (layer, steps) in enumerate(zip((*layers, None), counts, strict=True)):
         spectra["total" if layer is None else layer.name] = spectrum(
             product if layer is None else _block(product, layer, params),
             like=params if layer is None else layer.take(params),
             key=jax.random.fold_in(key, i),
-            num_steps=steps,
+            num_steps=num_steps,
             num_draws=num_draws,
             reorthogonalize=reorthogonalize,
             progress=None if progress is None else partial(_report, progress, before, total),
@@ -316,13 +315,12 @@ def layer_spectra(
 
 def _block(product, layer, params):
     """The diagonal block of a layer from the product of the whole net, on the host: only the ends are compiled."""
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    return lambda part: _take(layer, product(_put(layer, zeros, part)))
+    return lambda part: _take(layer, product(_put(layer, params, part)))
 
 
 @partial(jax.jit, static_argnums=0)
-def _put(layer, tree, part):
-    return layer.put(tree, part)
+def _put(layer, like, part):
+    return layer.put(optax.tree.zeros_like(like), part)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -105,7 +105,7 @@ def gram_eigenvalues(
             grams[layer.name][columns, rows] = tile.T
         if progress is not None:
             progress(done, len(pairs))
-    grams["total"] = sum(grams.values())
+    grams["total"] = np.sum(list(grams.values()), axis=0)
     return {name: _nonzero(gram, outputs.dtype) for name, gram in grams.items()}
 
 
@@ -172,9 +172,9 @@ def _gram_tiles(loss, layers, independent, params, batch, left, right):
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.vmap(rows_of_example)(ids))
 
     def tile(layer, a, b):
-        pick = [layer._replace(index=None).arrays(side) for side in (a, b)]
-        if layer.index is not None:  # the rows stand before the axis of scanned layers
-            pick = [[x[:, layer.index] for x in side] for side in pick]
+        pick = [layer._replace(scan_index=None).arrays(side) for side in (a, b)]
+        if layer.scan_index is not None:  # the rows stand before the axis of scanned layers
+            pick = [[x[:, layer.scan_index] for x in side] for side in pick]
         return sum(x.reshape(len(x), -1) @ y.reshape(len(y), -1).T for x, y in zip(*pick, strict=True))
 
     with jax.default_matmul_precision("float32"):

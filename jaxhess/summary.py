@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import optax
 
 from jaxhess.distances import count_outliers, wasserstein
-from jaxhess.lanczos import dimension
+from jaxhess.lanczos import dimension, tree_norm
 from jaxhess.layers import find_layers, layer_names
 from jaxhess.objective import Objective
 from jaxhess.operators import prepare
@@ -80,7 +79,17 @@ class Summary(Mapping):
         }
 
     def __str__(self) -> str:
-        heads = ("layer", "params", "Tr Hess", "Tr G", "lambda_max", "lambda_min", "Tr*|w|^2", "outliers", "W1 to total")
+        heads = (
+            "layer",
+            "params",
+            "Tr Hess",
+            "Tr G",
+            "lambda_max",
+            "lambda_min",
+            "Tr*|w|^2",
+            "outliers",
+            "W1 to total",
+        )
         rows = [heads]
         for name, r in self.items():
             rows.append(
@@ -97,10 +106,7 @@ class Summary(Mapping):
                 )
             )
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-            for row in rows
-        ]
+        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
         lines.insert(1, "-" * len(lines[0]))
         lines.insert(len(lines) - 1, lines[1])
         return "\n".join(lines)
@@ -166,7 +172,7 @@ def summarize(
             lambda_max_residual=float(spec.residuals[-1]),
             lambda_min=spec.lambda_min,
             lambda_min_residual=float(spec.residuals[0]),
-            trace_norm2=float(traces[name].mean) * float(optax.tree.norm(weights, squared=True)),
+            trace_norm2=float(traces[name].mean) * float(tree_norm(weights)) ** 2,
             outliers=count_outliers(spec),
             wasserstein=wasserstein(spec, spectra["total"]),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,8 +14,8 @@ import optax
 
 from jaxhess.batches import Batches, first_batch
 from jaxhess.layers import Layer, find_layers, layer_names
-from jaxhess.objective import Objective, check_factor, output_factor_product
-from jaxhess.operators import _Product, apply_stacked, prepare, runs_on_host
+from jaxhess.objective import check_factor, output_factor_product
+from jaxhess.operators import _Product, apply_stacked, prepare
 
 PyTree = Any
 _SAMPLERS = {"rademacher": jax.random.rademacher, "gaussian": jax.random.normal}
@@ -138,7 +139,7 @@ def layer_traces(
     if curvature == "ggn" and not traced and not hasattr(loss.criterion, "factor_product"):
         one = first_batch(batch)
         check_factor(loss.criterion, loss.predict(params, one), one)
-    names = (*names, "total")
+    names = [*names, "total"]
     draw = partial(samples.over_batches if isinstance(batch, Batches) else samples, params, batch)
     estimates = _estimate(draw, key, num_probes, rtol, atol, max_probes, chunk_size, traced, names)
     return dict(zip(names, estimates, strict=True))
@@ -154,9 +155,19 @@ def sampler(probe: str) -> Callable:
 # ---- one sample for each probe: (probes,) keys -> (probes, quantities) ----
 
 
-@partial(jax.jit, static_argnums=1)
-def _draw(like, distribution, keys):
-    return jax.vmap(lambda key: optax.tree.random_like(key, like, distribution))(keys)
+@partial(jax.jit, static_argnums=2)
+def random_like(key: jax.Array, like: PyTree, distribution: Callable = jax.random.normal) -> PyTree:
+    """A random pytree like another: one draw, cut into leaves (a draw for each leaf takes XLA many times as long)."""
+    leaves, treedef = jax.tree.flatten(like)
+    ends = np.cumsum([np.size(x) for x in leaves], dtype=int)
+    flat = distribution(key, (int(ends[-1]),), jnp.result_type(*leaves))
+    parts = [x.reshape(jnp.shape(y)).astype(y.dtype) for x, y in zip(jnp.split(flat, ends[:-1]), leaves, strict=True)]
+    return jax.tree.unflatten(treedef, parts)
+
+
+@partial(jax.jit, static_argnums=2)
+def _random_stack(keys, like, distribution):
+    return jax.vmap(lambda key: random_like(key, like, distribution))(keys)
 
 
 @jax.jit
@@ -165,11 +176,12 @@ def _dots(vectors, products):
 
 
 def _quadratic_forms(operator, like, distribution, keys):
-    vectors = _draw(like, distribution, keys)
+    vectors = _random_stack(keys, like, distribution)
     return _dots(vectors, apply_stacked(operator, vectors))
 
 
-class _LayerSamples(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _LayerSamples:
     """Samples of every layer's trace and of their sum; static under ``jit``."""
 
     kind: str
@@ -203,7 +215,7 @@ def _product_forms(spec, params, batch, keys):
     product = _Product(spec.kind, spec.loss, None)
 
     def one(key):
-        v = optax.tree.random_like(key, params, spec.distribution)
+        v = random_like(key, params, spec.distribution)
         product_v = product(params, batch, v)
         return jnp.stack([optax.tree.vdot(layer.arrays(v), layer.arrays(product_v)) for layer in spec.layers])
 
@@ -234,7 +246,9 @@ def _estimate(draw, key, num_probes, rtol, atol, max_probes, chunk_size, traced,
         if min(rtol or 0, atol or 0) < 0:
             raise ValueError(f"tolerances must not be negative, got rtol={rtol}, atol={atol}")
         if traced:
-            raise TypeError("a stopping rule reads values between probes and cannot run under jit; leave out rtol, atol")
+            raise TypeError(
+                "a stopping rule reads values between probes and cannot run under jit; leave out rtol, atol"
+            )
     if traced:
         samples = jax.lax.map(lambda k: draw(k[None])[0], _keys(key, 0, num_probes), batch_size=chunk_size)
         return _summary(samples, jnp)

@@ -9,7 +9,7 @@ import pytest
 CACHE = pathlib.Path(os.environ.get("JAXHESS_TEST_CACHE", pathlib.Path(__file__).parent.parent / ".cache" / "jax"))
 
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
@@ -22,8 +22,10 @@ def x64():
 
 @pytest.fixture(scope="session")
 def data_dir():
-    """The folder of the real data sets; tests that need it are skipped where the variable is not set."""
+    """The folder of the real data sets; tests that need it are skipped where none is given, or fail if required."""
     path = os.environ.get("JAXHESS_DATA_DIR")
-    if not path:
-        pytest.skip("JAXHESS_DATA_DIR is not set")
-    return path
+    if path:
+        return path
+    if os.environ.get("JAXHESS_REQUIRE_DATA"):
+        pytest.fail("JAXHESS_REQUIRE_DATA is set, but JAXHESS_DATA_DIR is not")
+    pytest.skip("JAXHESS_DATA_DIR is not set")

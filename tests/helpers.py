@@ -80,7 +80,7 @@ def batchnorm_net(params, batch):
     x = (x - mean[None]) / jnp.sqrt(var + 1e-3)[None]
     x = jnp.tanh(x * params["norm"]["scale"][None] + params["norm"]["bias"][None])
     if "key" in batch:
-        x = x * jax.random.bernoulli(batch["key"], 0.5, x.shape) * 2
+        x = x * jnp.where(jax.random.uniform(batch["key"], x.shape, jnp.float32) < 0.5, 2, 0)
     return affine(params["fc2"], x)
 
 
@@ -126,12 +126,12 @@ def problem(name) -> Problem:
             batch = {"x": x, "label": normal(2, 7, 2)}
             return Problem(jh.Objective(mlp, jh.squared_error), dense_layers([3, 2]), batch)
         case "mlp":
-            return _classification(mlp, dense_layers([3, 5, 4, 3]), x, 3)
+            return _classification(mlp, dense_layers([3, 4, 3]), x, 3)
         case "mlp, squared error":
             batch = {"x": x, "label": normal(2, 7, 3)}
-            return Problem(jh.Objective(mlp, jh.squared_error), dense_layers([3, 5, 4, 3]), batch)
+            return Problem(jh.Objective(mlp, jh.squared_error), dense_layers([3, 4, 3]), batch)
         case "mlp, own criterion":
-            return _classification(mlp, dense_layers([3, 5, 4, 3]), x, 3, softplus_sum)
+            return _classification(mlp, dense_layers([3, 4, 3]), x, 3, softplus_sum)
         case "sequence":
             return _classification(mlp, dense_layers([3, 4, 3]), normal(1, 3, 2, 3), 3)
         case "batch norm":
@@ -183,10 +183,8 @@ def matrices(problem: Problem) -> dict[str, np.ndarray]:
 
 def positions(params, layer) -> np.ndarray:
     """Where a layer's parameters lie among the raveled ones; all of them for None."""
-    flat, unravel = ravel_pytree(jax.tree.map(np.zeros_like, params))
-    if layer is None:
-        return np.arange(flat.size)
-    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(node(unravel(np.arange(flat.size)), layer))]).astype(int)
+    numbers = np.arange(len(ravel(params)))
+    return numbers if layer is None else ravel(node(unravel(numbers, params), layer))
 
 
 def node(tree, path):
@@ -214,7 +212,8 @@ def block_hessian(problem: Problem, layer: str) -> np.ndarray:
 
             return jax.vmap(lambda v: jax.jvp(slope, (flat,), (v,))[1])(directions)
 
-        return _in_chunks(partial_call(columns, problem.params, problem.batch), flat.size, flat.dtype)
+        chunk = min(302, flat.size)
+        return _in_chunks(lambda d: columns(problem.params, problem.batch, d), flat.size, flat.dtype, chunk)
 
 
 @functools.cache
@@ -234,15 +233,12 @@ def block_ggn(problem: Problem, layer: str) -> np.ndarray:
     return np.einsum("ncp,ncq->pq", slopes, half) / len(p)
 
 
-def partial_call(function, *args):
-    return lambda directions: function(*args, directions)
-
-
 def matrix(operator: Callable, like, chunk: int | None = None) -> np.ndarray:
-    """The matrix of an operator, column by column, in the order of ravel_pytree."""
-    flat, _ = ravel_pytree(like)
-    operator = operator if isinstance(operator, Partial) else Partial(operator)
-    return _in_chunks(partial_call(_columns, operator, like), flat.size, flat.dtype, chunk)
+    """The matrix of an operator, column by column in the order of ravel_pytree; with a chunk, so many at a time."""
+    flat = ravel(like)
+    if chunk:
+        return _in_chunks(lambda directions: _columns(operator, like, directions), flat.size, flat.dtype, chunk)
+    return np.stack([ravel(operator(unravel(row, like))) for row in np.eye(flat.size, dtype=flat.dtype)], 1)
 
 
 @jax.jit
@@ -251,11 +247,22 @@ def _columns(operator, like, directions):
     return jax.vmap(lambda v: ravel_pytree(operator(unravel(v)))[0])(directions)
 
 
-def _in_chunks(columns, dim, dtype, chunk=None):
-    chunk = min(chunk or 302, dim)
+def _in_chunks(columns, dim, dtype, chunk):
     eye = np.eye(-(-dim // chunk) * chunk, dim, dtype=dtype)  # chunks of one shape: zeros at the end
-    parts = [np.asarray(columns(eye[i : i + chunk])) for i in range(0, dim, chunk)]
+    parts = [np.asarray(columns(eye[i : i + chunk])) for i in range(0, len(eye), chunk)]
     return np.concatenate(parts)[:dim].T
+
+
+def ravel(tree) -> np.ndarray:
+    """ravel_pytree in numpy, which compiles nothing."""
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+
+
+def unravel(flat, like):
+    """A tree like another from its raveled entries, in numpy."""
+    leaves, treedef = jax.tree.flatten(like)
+    parts = np.split(flat, np.cumsum([np.size(x) for x in leaves])[:-1])
+    return jax.tree.unflatten(treedef, [part.reshape(np.shape(x)) for part, x in zip(parts, leaves, strict=True)])
 
 
 def distance(a, b, scale=None) -> float:

@@ -1,0 +1,32 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: help demo test test-all lint clean
+
+help:  ## what there is
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/experiments  ## train a small net on real digits, measure every layer, draw it
+	$(BIN)/python -m experiments.run demo
+
+test: $(VENV)/test  ## the tests; real data sets too where JAXHESS_DATA_DIR says where they are
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-all: $(VENV)/test  ## the tests with the slow, full-size ones
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/lint  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# One stamp for each set of extras, renewed when the metadata changes.
+$(VENV)/%: setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "jaxhess needs Python 3.11 or later: make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$*]"
+	@touch $@
+
+clean:  ## remove the environment and caches
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache build *.egg-info

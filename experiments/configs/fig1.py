@@ -1,0 +1,97 @@
+"""Eigenspectra of Hess_l and G_l for every layer and for the whole net (Figures 1, 9 and 10 of the paper).
+
+    python -m experiments.run fig1 model=lenet dataset=mnist
+
+About 2 minutes for LeNet on two CPU cores. Expected: a bulk at zero and some C outliers in every layer; the two
+curves of a layer of a ReLU net coincide, since f is affine in one layer's parameters, while for the whole net the
+Hessian has negative eigenvalues and G has none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import time
+
+import jax
+
+import jaxhess as jh
+from experiments import data, measure, plot, results
+from experiments.train import TrainConfig, train_once
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(TrainConfig):
+    """What to train as in `TrainConfig`, and what to measure.
+
+    Attributes:
+      epochs: passes over the training images.
+      model: name of the net.
+      dataset: name of the data set.
+      label: feature with the labels.
+      images_per_class: training images of each class that the curvature is measured on.
+      num_steps: Lanczos steps of each spectrum.
+      num_probes: probes of each trace.
+      curvatures: spectra to draw, of "hessian", "ggn" and "functional".
+    """
+
+    epochs: int = 10
+    model: str = "lenet"
+    dataset: str = "mnist"
+    label: str = "label"
+    images_per_class: int = 10
+    num_steps: int = 128
+    num_probes: int = 64
+    curvatures: tuple[str, ...] = ("hessian", "ggn")
+
+
+def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> None:
+    """Trains (or finds) the net, measures it, saves the numbers and prints the table."""
+    dataset = data.load(config.dataset, data_dir, label=config.label)
+    model, trained = train_once(config.model, dataset, config, out_dir)
+    accuracy = 1 - float(trained.history["test_error"][-1])
+    print(f"{config.model} on {config.dataset}: test accuracy {accuracy:.2%} after {config.epochs} epochs")
+
+    start = time.perf_counter()
+    batch, key = measure.measure_batch(dataset, config.images_per_class, trained), jax.random.key(config.seed)
+    with measure.progress_bar("summary") as report:
+        table = jh.summarize(
+            measure.objective(model),
+            trained.params,
+            batch,
+            key=key,
+            num_probes=config.num_probes,
+            progress=report,
+        )
+    spectra = measure.spectra(
+        model, trained.params, batch, key=key, num_steps=config.num_steps, curvatures=config.curvatures
+    )
+    seconds = time.perf_counter() - start
+    print(f"curvature at {len(batch['label'])} training images, measured in {seconds:.0f} s:\n{table}")
+
+    arrays = {name: array for kind in spectra for name, array in measure.pack(spectra[kind], kind).items()}
+    results.save_arrays(out_dir / "numbers.npz", arrays)
+    results.save_json(
+        out_dir / "numbers.json",
+        {
+            "test_accuracy": accuracy,
+            "images": len(batch["label"]),
+            "seconds_measuring": seconds,
+            "summary": table.to_dict(),
+            "distances": {kind: measure.distances(spectra[kind]) for kind in spectra},
+            "history": {name: values.tolist() for name, values in trained.history.items()},
+        },
+    )
+
+
+def draw(out_dir: pathlib.Path) -> None:
+    """Draws the figure from the saved numbers."""
+    config, numbers = results.load_json(out_dir / "config.json"), results.load_json(out_dir / "numbers.json")
+    arrays = results.load_arrays(out_dir / "numbers.npz")
+    title = (
+        f"{plot.label(config['model'])} on {plot.label(config['dataset'])}: "
+        f"spectra at {numbers['images']} training images, {config['num_steps']} Lanczos steps; "
+        f"test accuracy {numbers['test_accuracy']:.1%}"
+    )
+    figure = plot.log_densities({kind: measure.unpack(arrays, kind) for kind in config["curvatures"]}, title)
+    plot.save(figure, out_dir / "figure.png")

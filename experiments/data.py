@@ -1,0 +1,172 @@
+"""Image classification data as arrays: scikit-learn's digits, and whatever TensorFlow Datasets has prepared."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+Array = TypeVar("Array")
+Split = dict[str, np.ndarray]
+
+_SLICE = 4096  # images at a time: bounds the memory of decoding, and moves the progress bar
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """A data set in memory.
+
+    Attributes:
+      name: its name.
+      num_classes: number of classes.
+      train: {"image": uint8 (N, H, W, C), "label": int32 (N,)}.
+      test: likewise.
+      mean: float32 (1, 1, 1, C), of every channel over the training images.
+      std: float32 (1, 1, 1, C), likewise.
+    """
+
+    name: str
+    num_classes: int
+    train: Split
+    test: Split
+    mean: np.ndarray
+    std: np.ndarray
+
+    @classmethod
+    def create(cls, name: str, num_classes: int, train: Split, test: Split) -> Dataset:
+        """A data set whose mean and standard deviation are computed from its training images."""
+        return cls(name, num_classes, train, test, *_moments(train["image"]))
+
+    def batch(self, split: Split) -> Split:
+        """A split with normalised float32 images: a batch as losses take it."""
+        return {"image": normalise(split["image"], self.mean, self.std), "label": split["label"]}
+
+
+def load(name: str, data_dir: str | None = None, *, label: str = "label", progress: bool = True) -> Dataset:
+    """Loads a data set whole.
+
+    Args:
+      name: "digits" (comes with scikit-learn, enlarged to 28x28), or any set of TensorFlow Datasets with the splits
+        train and test (or validation), an image of one size and a class label: "mnist", "cifar10", ...
+      data_dir: where TensorFlow Datasets keeps its files; by default the environment variable JAXHESS_DATA_DIR, then
+        that library's own default.
+      label: name of the feature with the labels ("coarse_label" for the 20 superclasses of cifar100).
+      progress: whether to show a progress bar.
+
+    Returns:
+      `Dataset`.
+
+    Raises:
+      ValueError: if the set is unknown or not in ``data_dir`` (with the command that brings it), or has no such
+        features or splits.
+    """
+    if name == "digits":
+        return _digits()
+    return _tfds(name, data_dir or os.environ.get("JAXHESS_DATA_DIR") or None, label, progress)
+
+
+def normalise(image: Array, mean: np.ndarray, std: np.ndarray) -> Array:
+    """Images (..., H, W, C) of any type as float32 with zero mean and unit variance a channel; NumPy or JAX."""
+    return (image.astype(np.float32) - mean) / std
+
+
+def per_class(split: Split, count: int, num_classes: int) -> Split:
+    """The first ``count`` examples of every class, class by class.
+
+    Args:
+      split: {"image": (N, ...), "label": int (N,)}.
+      count: examples of each class.
+      num_classes: number of classes.
+
+    Returns:
+      A split of count * num_classes examples.
+
+    Raises:
+      ValueError: if ``count`` is below 1, or more than some class has.
+    """
+    if count < 1:
+        raise ValueError(f"at least one example of each class is needed, got count={count}")
+    found = [np.flatnonzero(split["label"] == c)[:count] for c in range(num_classes)]
+    short = {c: len(index) for c, index in enumerate(found) if len(index) < count}
+    if short:
+        raise ValueError(f"count={count} is more than these classes have (class: examples): {short}; take fewer")
+    return {key: value[np.concatenate(found)] for key, value in split.items()}
+
+
+def _digits():
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    # Bilinear, as a matrix that acts on rows and on columns: (28, 8).
+    centres = (np.arange(28) + 0.5) * (8 / 28) - 0.5
+    enlarge = np.stack([np.interp(centres, np.arange(8), unit) for unit in np.eye(8)], axis=1)
+    images = np.rint(enlarge @ digits.images @ enlarge.T * (255 / 16)).astype(np.uint8)[..., None]
+    labels = digits.target.astype(np.int32)
+    train, test = train_test_split(np.arange(len(labels)), test_size=297, stratify=labels, random_state=0)
+    splits = ({"image": images[index], "label": labels[index]} for index in (train, test))
+    return Dataset.create("digits", 10, *splits)
+
+
+def _tfds(name, data_dir, label, progress):
+    import tensorflow_datasets as tfds
+
+    where = str(data_dir or tfds.core.constants.DATA_DIR)
+    try:
+        # download=False: without it a set that is absent is looked for on the network, for minutes.
+        sources = tfds.data_source(name, data_dir=data_dir, download=False)
+    except ValueError as error:  # of a name that it cannot make sense of, with a long list of those that it can
+        raise ValueError(f"unknown data set {name!r}: neither 'digits' nor known to tensorflow-datasets") from error
+    except (AssertionError, NotImplementedError):  # not prepared, or in a format that needs TensorFlow to be read
+        sources = {}
+    if not sources:
+        raise ValueError(
+            f"data set {name!r} is not in {where} as array_record; bring it with `pip install tensorflow-cpu` and "
+            f"`tfds build {name} --data_dir={where} --file_format=array_record`, or name the folder that has it with "
+            f"data_dir= or JAXHESS_DATA_DIR"
+        )
+    test = "test" if "test" in sources else "validation"
+    missing = {"train", test} - set(sources)
+    if missing:
+        raise ValueError(f"data set {name!r} has no split {sorted(missing)}, only {sorted(sources)}")
+    features = sources["train"].dataset_info.features
+    classes = [key for key, feature in features.items() if hasattr(feature, "num_classes")]
+    if "image" not in features or label not in classes:
+        raise ValueError(
+            f"data set {name!r} needs the features 'image' and {label!r}, a class label; it has {sorted(features)}, "
+            f"of which class labels: {classes}"
+        )
+    splits = (_read(sources[split], label, f"{name} {split}", progress) for split in ("train", test))
+    return Dataset.create(name, features[label].num_classes, *splits)
+
+
+def _read(source, label, title, progress):
+    """One split as stacked arrays, read in whole slices, which is many times faster than one by one."""
+    images, labels = [], []
+    # disable=None: on terminals only.
+    with tqdm(total=len(source), desc=title, unit="img", disable=None if progress else True, leave=False) as bar:
+        for start in range(0, len(source), _SLICE):
+            examples = source.__getitems__(range(start, min(start + _SLICE, len(source))))
+            sizes = {example["image"].shape for example in examples}
+            if len(sizes) > 1:
+                raise ValueError(f"{title} has images of different sizes, such as {sorted(sizes)[:3]}; one is needed")
+            images.append(np.stack([example["image"] for example in examples]))
+            labels.extend(example[label] for example in examples)
+            bar.update(len(examples))
+    return {"image": np.concatenate(images), "label": np.asarray(labels, np.int32)}
+
+
+def _moments(images):
+    """Mean and standard deviation of every channel, each float32 (1, 1, 1, C), in the memory of a slice."""
+    first = second = 0.0
+    for start in range(0, len(images), _SLICE):
+        chunk = images[start : start + _SLICE].astype(np.float64)
+        first = first + chunk.sum((0, 1, 2), keepdims=True)
+        second = second + (chunk**2).sum((0, 1, 2), keepdims=True)
+    count = images[..., 0].size
+    mean = first / count
+    std = np.sqrt(np.maximum(second / count - mean**2, 0))
+    return mean.astype(np.float32), np.where(std > 0, std, 1).astype(np.float32)

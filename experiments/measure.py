@@ -1,0 +1,116 @@
+"""From a trained net to the numbers of its curvature: plain arrays, which plots read back from disk."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from tqdm import tqdm
+
+import jaxhess as jh
+from experiments.data import Dataset, per_class
+from experiments.train import Trained, objective
+
+PyTree = Any
+_FIELDS = ("nodes", "weights", "residuals", "dim", "num_steps")
+
+
+def measure_batch(dataset: Dataset, images_per_class: int, trained: Trained) -> PyTree:
+    """The first training images of every class, and the batch statistics of a net, as a batch for `objective`."""
+    batch = dataset.batch(per_class(dataset.train, images_per_class, dataset.num_classes))
+    return batch | ({"batch_stats": trained.batch_stats} if trained.batch_stats else {})
+
+
+def spectra(
+    model: nn.Module,
+    params: PyTree,
+    batch: PyTree,
+    *,
+    key: jax.Array,
+    num_steps: int = 128,
+    curvatures: tuple[str, ...] = ("hessian", "ggn"),
+    progress: bool = True,
+) -> dict[str, dict[str, jh.Spectrum]]:
+    """Spectra of every layer and of the whole net, for several curvatures.
+
+    All start from the same vectors, so that where two curvatures agree their spectra do.
+
+    Args:
+      model: a net of `experiments.models`.
+      params: its parameters.
+      batch: images and labels, as from `measure_batch`.
+      key: a JAX random key.
+      num_steps: Lanczos steps.
+      curvatures: of "hessian", "ggn" and "functional".
+      progress: whether to show progress bars.
+
+    Returns:
+      {curvature: {layer: `jaxhess.Spectrum`, ..., "total": ...}}.
+    """
+    found = {}
+    for curvature in curvatures:
+        with progress_bar(f"spectra, {curvature}", progress) as report:
+            found[curvature] = jh.layer_spectra(
+                objective(model), params, batch, key=key, num_steps=num_steps, curvature=curvature, progress=report
+            )
+    return found
+
+
+def distances(spectra: Mapping[str, jh.Spectrum]) -> dict[str, dict[str, float]]:
+    """Distances of the layers' spectra to that of the whole net.
+
+    Args:
+      spectra: {layer: `jaxhess.Spectrum`, ..., "total": ...}.
+
+    Returns:
+      {"wasserstein": {layer: float}, "jensen_shannon": ..., "kl_divergence": ...}: the first two normalised to
+      [0, 1], the last in nats, of the layer from the whole.
+    """
+    total = spectra["total"]
+    layers = [name for name in spectra if name != "total"]
+    return {
+        "wasserstein": {name: jh.wasserstein(spectra[name], total, normalize=True) for name in layers},
+        "jensen_shannon": {name: jh.jensen_shannon(spectra[name], total, normalize=True) for name in layers},
+        "kl_divergence": {name: jh.kl_divergence(spectra[name], total) for name in layers},
+    }
+
+
+def pack(spectra: Mapping[str, jh.Spectrum], prefix: str) -> dict[str, np.ndarray]:
+    """Spectra as named arrays, ``{prefix}/{layer}/{nodes, weights, residuals, dim, num_steps}``."""
+    return {
+        f"{prefix}/{layer}/{field}": np.asarray(getattr(spectrum, field))
+        for layer, spectrum in spectra.items()
+        for field in _FIELDS
+    }
+
+
+def unpack(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, jh.Spectrum]:
+    """What `pack` packed, in its order.
+
+    Raises:
+      ValueError: if there is nothing under ``prefix``.
+    """
+    layers: dict[str, dict] = {}
+    for path, array in arrays.items():
+        if path.startswith(f"{prefix}/"):
+            layer, field = path.removeprefix(f"{prefix}/").rsplit("/", 1)
+            layers.setdefault(layer, {})[field] = array if array.ndim else int(array)
+    if not layers:
+        raise ValueError(f"no spectra of {prefix!r} among the saved arrays; run the experiment again")
+    return {layer: jh.Spectrum(**fields) for layer, fields in layers.items()}
+
+
+@contextlib.contextmanager
+def progress_bar(title: str, show: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar as the ``progress(done, total)`` that jaxhess calls; on terminals only."""
+    with tqdm(desc=title, unit="step", disable=None if show else True, leave=False) as bar:
+
+        def report(done, total):
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield report

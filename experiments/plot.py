@@ -1,0 +1,132 @@
+"""Figures from saved numbers: nothing here computes curvature, so a figure redraws without the net or its data."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+import jaxhess as jh
+from experiments import results
+
+# Okabe and Ito: told apart with every common colour blindness, and in grey by the dashes beside them.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("-", (0, (4, 2)), (0, (1, 1.2)), "-.")
+MARKERS = "osD^vP*"
+LABELS = {
+    "hessian": r"Hess",
+    "ggn": r"$G$",
+    "functional": r"$H$",
+    "lenet": "LeNet",
+    "mlp": "MLP",
+    "mnist": "MNIST",
+    "fashion_mnist": "Fashion-MNIST",
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "svhn_cropped": "SVHN",
+}
+METRICS = {
+    "wasserstein": "Wasserstein (normalised)",
+    "jensen_shannon": "Jensen-Shannon (normalised)",
+    "kl_divergence": "KL(layer || net), nats",
+}
+_STYLE = {"fontsize": 8}
+
+
+def label(name: str) -> str:
+    """How a net, a data set or a curvature is written in figures."""
+    return LABELS.get(name, name)
+
+
+def log_densities(spectra: Mapping[str, Mapping[str, jh.Spectrum]], title: str) -> Figure:
+    """One panel a layer and, last, one of the whole net: log density over eigenvalues.
+
+    Args:
+      spectra: {curvature: {layer: `jaxhess.Spectrum`, ..., "total": ...}}, the curvatures with the same layers.
+      title: what was run.
+
+    Returns:
+      The figure.
+    """
+    layers = list(next(iter(spectra.values())))
+    columns = min(3, len(layers))
+    figure, axes = _panels(-(-len(layers) // columns), columns, title)
+    for axis, layer in zip(axes, layers, strict=False):
+        floor, top = np.inf, -np.inf
+        for kind, color, dash in zip(spectra, COLORS, DASHES, strict=False):
+            spectrum = spectra[kind][layer]
+            grid, log_density = spectrum.log_density()
+            log_density = log_density / np.log(10)
+            axis.plot(grid, log_density, color=color, linestyle=dash, linewidth=1.2, label=label(kind))
+            # Below a hundredth of what one eigenvalue spread over the whole range would give there is nothing to see.
+            floor = min(floor, -np.log10(spectrum.dim * (grid[-1] - grid[0])) - 2)
+            top = max(top, log_density.max())
+        axis.set_ylim(floor, top + 0.5)
+        axis.set_title("full" if layer == "total" else layer, **_STYLE)
+    for axis in axes[len(layers) :]:
+        axis.set_visible(False)
+    figure.supxlabel("eigenvalue", **_STYLE)
+    figure.supylabel(r"$\log_{10}$ density", **_STYLE)
+    axes[0].legend(fontsize=7, frameon=False)
+    return figure
+
+
+def layer_distances(distances: Mapping[str, Mapping[str, Mapping[str, float]]], title: str) -> Figure:
+    """One panel a distance, one line a net: the distance of every layer's spectrum to the whole net's.
+
+    Args:
+      distances: {net: {"wasserstein": {layer: float}, "jensen_shannon": ..., "kl_divergence": ...}}.
+      title: what was run.
+
+    Returns:
+      The figure. Where all nets have the same layers these are named and the middle ones shaded; otherwise the axis
+      is the relative depth.
+    """
+    nets = {net: list(metrics["wasserstein"]) for net, metrics in distances.items()}
+    shared = next(iter(nets.values()))
+    same = all(layers == shared for layers in nets.values())
+    figure, axes = _panels(1, len(METRICS), title)
+    for axis, (metric, words) in zip(axes, METRICS.items(), strict=True):
+        for i, (net, layers) in enumerate(nets.items()):
+            depth = np.arange(len(layers)) if same else np.linspace(0, 1, len(layers))
+            values = [distances[net][metric][layer] for layer in layers]
+            axis.plot(
+                depth,
+                values,
+                color=COLORS[i % len(COLORS)],
+                marker=MARKERS[i % len(MARKERS)],
+                linestyle=DASHES[i % len(DASHES)],
+                markersize=4,
+                linewidth=1.2,
+                label=net,
+            )
+        if same:
+            middle = [shared.index(name) for name in jh.middle_layers(shared)]
+            axis.axvspan(middle[0] - 0.5, middle[-1] + 0.5, color="0.93", zorder=0)
+            axis.set_xticks(range(len(shared)), shared, rotation=45 if len(shared) < 8 else 90)
+        else:
+            axis.set_xlabel("relative depth", **_STYLE)
+        axis.set_ylim(bottom=0)
+        axis.set_title(words, **_STYLE)
+    axes[0].legend(fontsize=7, frameon=False)
+    return figure
+
+
+def save(figure: Figure, path: pathlib.Path) -> None:
+    """Writes a figure, whole or not at all."""
+    FigureCanvasAgg(figure)
+    with results.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+
+
+def _panels(rows, columns, title):
+    figure = Figure(figsize=(7.5, 0.5 + 1.9 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes:
+        axis.tick_params(labelsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=9)
+    return figure, axes

@@ -1,0 +1,152 @@
+"""Runs an experiment by name; ``key=value`` changes its configuration.
+
+    python -m experiments.run                                  lists the experiments
+    python -m experiments.run fig1 --help                      describes one, with its keys
+    python -m experiments.run fig1 model=lenet epochs=5        runs it
+    python -m experiments.run fig1 model=lenet redraw=true     draws it again from the saved numbers
+
+Further keys, for every experiment: ``data_dir`` (where data sets are), ``out`` (where results go, by default
+results/EXPERIMENT-MODEL-DATASET), ``redraw``, and ``debug`` (shows where an error came from).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import pathlib
+import pkgutil
+import sys
+import typing
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+from experiments import configs, results
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is no part of an experiment's configuration, and not kept with its results.
+
+    Attributes:
+      out: folder of the results; by default named after the experiment.
+      data_dir: folder of the data sets; by default that of `experiments.data.load`.
+      redraw: draw from the saved numbers, compute nothing.
+      debug: let errors through with their traceback.
+    """
+
+    out: str = ""
+    data_dir: str = ""
+    redraw: bool = False
+    debug: bool = False
+
+
+def experiments() -> dict[str, str]:
+    """The experiments, {name: one line about it}."""
+    names = sorted(module.name for module in pkgutil.iter_modules(configs.__path__))
+    return {name: inspect.getdoc(load(name)).splitlines()[0] for name in names}
+
+
+def load(name: str) -> ModuleType:
+    """The module of an experiment; ValueError that lists them if there is none of this name."""
+    names = sorted(module.name for module in pkgutil.iter_modules(configs.__path__))
+    if name not in names:
+        raise ValueError(f"unknown experiment {name!r}; choose from {names}")
+    return importlib.import_module(f"{configs.__name__}.{name}")
+
+
+def parse(words: Sequence[str], *kinds: type) -> tuple[Any, ...]:
+    """Configurations from ``key=value`` words.
+
+    Args:
+      words: such as "epochs=5", "redraw=true", "dataset=mnist,fashion_mnist".
+      *kinds: dataclasses with fields of types int, float, bool, str or tuple[one of these, ...].
+
+    Returns:
+      An instance of each of ``kinds``; its defaults where no word says otherwise.
+
+    Raises:
+      ValueError: for a word without "=", an unknown or repeated key (listing the keys), or a value of another type.
+    """
+    types = [typing.get_type_hints(kind) for kind in kinds]
+    values = [{} for _ in kinds]
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise ValueError(f"expected key=value, got {word!r}")
+        owners = [i for i, fields in enumerate(types) if key in fields]
+        if not owners:
+            raise ValueError(f"unknown key {key!r}; choose from {sorted(set().union(*types))}")
+        if key in values[owners[0]]:
+            raise ValueError(f"key {key!r} is given twice")
+        values[owners[0]][key] = _value(key, text, types[owners[0]][key])
+    return tuple(kind(**chosen) for kind, chosen in zip(kinds, values, strict=True))
+
+
+def _value(key, text, kind):
+    if typing.get_origin(kind) is tuple:
+        return tuple(_value(key, part, typing.get_args(kind)[0]) for part in text.split(",") if part)
+    try:
+        return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+        words = "true or false" if kind is bool else kind.__name__
+        raise ValueError(f"{key}={text!r} is no {words}") from None
+
+
+def main(words: Sequence[str]) -> int:
+    """Runs the command line; returns the exit status, 2 for what the user can mend."""
+    if not words or words[0] in ("-h", "--help"):
+        print(inspect.getdoc(sys.modules[__name__]) if words else "\n".join(_listing()))
+        return 0
+    if {"-h", "--help"} & set(words[1:]):
+        return _guarded(_describe, words[0], debug=False)
+    return _guarded(_run, words[0], words[1:], debug="debug=true" in words)
+
+
+def _guarded(function, *args, debug):
+    try:
+        function(*args)
+    except ValueError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(name, words):
+    module = load(name)
+    config, options = parse(words, module.Config, Options)
+    out_dir = pathlib.Path(options.out or pathlib.Path("results", _title(name, config)))
+    if not options.redraw:
+        module.run(config, out_dir, options.data_dir or None)
+        results.save_json(out_dir / "config.json", {"experiment": name, **dataclasses.asdict(config)})
+    module.draw(out_dir)
+    print(f"results in {out_dir}")
+
+
+def _title(name, config):
+    parts = (getattr(config, field, ()) for field in ("model", "dataset"))
+    words = ("+".join([part] if isinstance(part, str) else part).replace("/", "-") for part in parts)
+    return "-".join([name, *filter(None, words)])
+
+
+def _listing():
+    yield "Experiments, run with python -m experiments.run NAME [key=value ...]:\n"
+    found = experiments()
+    width = max(map(len, found))
+    yield from (f"  {name:{width}}  {line}" for name, line in found.items())
+
+
+def _describe(name):
+    module = load(name)
+    print(inspect.getdoc(module))
+    print("\nKeys, with their defaults:\n")
+    for field in (*dataclasses.fields(module.Config), *dataclasses.fields(Options)):
+        default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        print(f"  {field.name}={str(default).lower() if isinstance(default, bool) else default}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,278 @@
+"""The Lanczos recurrence and the top eigenpairs, on matrices with prescribed spectra."""
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import as_operator, rotated
+
+import jaxhess as jh
+from jaxhess.lanczos import ritz
+
+DIM = 20
+VALUES = np.sort(np.random.default_rng(0).standard_normal(DIM))
+SPECTRA = {
+    "simple": VALUES,
+    "zero": np.zeros(DIM),
+    "identity": np.ones(DIM),
+    "rank 3": np.append(np.zeros(DIM - 3), [1.0, 2.0, 5.0]),
+    "indefinite, rank 2": np.append(np.zeros(DIM - 2), [-1.0, 1.0]),
+    "repeated": np.repeat([-1.0, 0.5, 2.0, 3.0], 5),
+    "clustered": 1 + 1e-9 * VALUES,
+}
+START = np.random.default_rng(1).standard_normal(DIM)
+
+
+def tridiagonal(found):
+    alphas, betas = (np.asarray(x, np.float64) for x in (found.alphas, found.betas))
+    return np.diag(alphas) + np.diag(betas[:-1], 1) + np.diag(betas[:-1], -1)
+
+
+def in_jit(operator, start, num_steps, **options):
+    return jax.jit(lambda operator, start: jh.lanczos(operator, start, num_steps, **options))(operator, start)
+
+
+FORMS = {"host": jh.lanczos, "jit": in_jit}
+
+
+@pytest.fixture(params=FORMS)
+def lanczos(request):
+    return FORMS[request.param]
+
+
+# ---- the recurrence ----
+
+
+def test_full_order_reconstructs_the_matrix(lanczos, x64):
+    matrix = rotated(VALUES)
+    found = lanczos(as_operator(matrix), START, DIM)
+    basis = np.asarray(found.basis)
+    np.testing.assert_allclose(basis @ basis.T, np.eye(DIM), atol=1e-13)
+    np.testing.assert_allclose(basis.T @ tridiagonal(found) @ basis, matrix, atol=1e-13)
+    np.testing.assert_allclose(ritz(found.alphas, found.betas)[0], VALUES, atol=1e-13)
+    assert found.num_steps == DIM
+
+
+def test_partial_order_leaves_one_remainder(lanczos, x64):
+    """A Q' = Q' T + r e_k', with r orthogonal to Q and of norm beta_k."""
+    matrix = rotated(VALUES)
+    found = lanczos(as_operator(matrix), START, 8)
+    basis = np.asarray(found.basis)
+    rest = matrix @ basis.T - basis.T @ tridiagonal(found)
+    np.testing.assert_allclose(rest[:, :-1], 0, atol=1e-13)
+    np.testing.assert_allclose(basis @ rest[:, -1], 0, atol=1e-13)
+    np.testing.assert_allclose(np.linalg.norm(rest[:, -1]), found.betas[-1], rtol=1e-12)
+    np.testing.assert_allclose(basis[0], START / np.linalg.norm(START), atol=1e-15)
+
+
+def test_the_basis_is_a_tree_of_stacked_leaves(x64):
+    matrix = jnp.asarray(rotated(VALUES))
+    start = {"a": START[:12].reshape(4, 3), "b": [START[12:]]}
+
+    def operator(v):
+        out = matrix @ jnp.concatenate([v["a"].ravel(), v["b"][0]])
+        return {"a": out[:12].reshape(4, 3), "b": [out[12:]]}
+
+    found = jh.lanczos(operator, start, 6)
+    assert jax.tree.map(jnp.shape, found.basis) == {"a": (6, 4, 3), "b": [(6, 8)]}
+    flat = jh.lanczos(as_operator(matrix), START, 6)
+    np.testing.assert_allclose(found.alphas, flat.alphas, atol=1e-13)
+    np.testing.assert_allclose(found.basis["b"][0], flat.basis[:, 12:], atol=1e-13)
+
+
+def test_quadrature_is_exact_for_moments(x64):
+    """m nodes integrate polynomials of degree 2 m - 1 as the start vector sees them."""
+    matrix, unit = rotated(VALUES), START / np.linalg.norm(START)
+    for steps in (1, 3, 5):
+        found = jh.lanczos(as_operator(matrix), START, steps)
+        nodes, vectors, _ = ritz(found.alphas, found.betas)
+        for degree in range(2 * steps):
+            exact = unit @ np.linalg.matrix_power(matrix, degree) @ unit
+            np.testing.assert_allclose(vectors[0] ** 2 @ nodes**degree, exact, rtol=1e-10, atol=1e-12)
+
+
+def test_residuals_bound_the_distance_to_an_eigenvalue(x64):
+    matrix = rotated(VALUES)
+    found = jh.lanczos(as_operator(matrix), START, 7)
+    values, vectors, residuals = ritz(found.alphas, found.betas)
+    for value, vector, residual in zip(values, vectors.T @ np.asarray(found.basis), residuals, strict=True):
+        np.testing.assert_allclose(np.linalg.norm(matrix @ vector - value * vector), residual, atol=1e-13)
+        assert abs(VALUES - value).min() <= residual + 1e-13
+
+
+@pytest.mark.parametrize("reorthogonalize", [True, False])
+def test_host_loop_and_jit_agree(reorthogonalize):
+    matrix = as_operator(rotated(VALUES))
+    host, jit = (form(matrix, jnp.asarray(START), 8, reorthogonalize=reorthogonalize) for form in FORMS.values())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), host, jit)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_scales_with_the_operator(scale):
+    one, other = (jh.lanczos(as_operator(s * VALUES), START, 8) for s in (1, scale))
+    np.testing.assert_allclose(other.alphas / np.float32(scale), one.alphas, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(other.betas / np.float32(scale), one.betas, rtol=1e-3, atol=1e-4)
+
+
+# ---- breakdown ----
+
+
+@pytest.mark.parametrize("reorthogonalize", [True, False])
+@pytest.mark.parametrize(("name", "count"), [("zero", 1), ("identity", 1), ("rank 3", 4), ("repeated", 4)])
+def test_breakdown_ends_with_an_invariant_subspace(name, count, reorthogonalize, lanczos, x64):
+    """Diagonal matrices: as many steps as there are different eigenvalues. Steps beyond the dimension too."""
+    values = SPECTRA[name]
+    found = lanczos(as_operator(values), jnp.ones(DIM), 10, reorthogonalize=reorthogonalize)
+    steps = int(found.num_steps)
+    assert steps == count
+    leaves = [np.asarray(x) for x in jax.tree.leaves(found)]
+    assert all(np.isfinite(x).all() for x in leaves)
+    assert not found.betas[steps - 1 :].any() and not found.alphas[steps:].any()
+    nodes = ritz(found.alphas[:steps], found.betas[:steps])[0]
+    np.testing.assert_allclose(nodes, np.unique(values), atol=1e-12)
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_restarts_find_all_eigenvalues(name, dtype, lanczos):
+    """Repeated ones too, in more steps than there are dimensions."""
+    with jax.enable_x64(dtype is np.float64):
+        matrix = jnp.asarray(rotated(SPECTRA[name]), dtype)
+        found = lanczos(as_operator(matrix), jnp.asarray(START, dtype), DIM + 5, restart_key=jax.random.key(0))
+    tolerance = 1e-5 if dtype is np.float32 else 1e-12
+    values, _, residuals = ritz(found.alphas, found.betas)
+    np.testing.assert_allclose(values, np.sort(SPECTRA[name]), atol=tolerance)
+    assert int(found.num_steps) == len(found.alphas) == DIM
+    basis = np.asarray(found.basis)
+    np.testing.assert_allclose(basis @ basis.T, np.eye(DIM), atol=tolerance)
+
+
+def test_one_dimension(lanczos):
+    for value in (3.0, 0.0, -2.0):
+        found = lanczos(as_operator(np.array([value], np.float32)), jnp.ones(1), 5)
+        assert (found.alphas.tolist(), found.betas.tolist(), int(found.num_steps)) == ([value], [0.0], 1)
+
+
+# ---- ghosts ----
+
+
+OUTLIERS = np.array([10.0, 20.0, 40.0, 80.0, 100.0])
+
+
+def test_no_ghosts_after_200_steps():
+    """Well separated large eigenvalues converge at once and come back where the basis is not kept orthogonal."""
+    values = np.append(np.linspace(-0.1, 1, 395), OUTLIERS).astype(np.float32)
+    operator, start = as_operator(values), helpers.normal(2, 400)
+    copies = {}
+    for reorthogonalize in (True, False):
+        found = jh.lanczos(operator, start, 200, reorthogonalize=reorthogonalize)
+        nodes = ritz(found.alphas, found.betas)[0]
+        copies[reorthogonalize] = [int((abs(nodes - value) < 1e-2).sum()) for value in OUTLIERS]
+        assert nodes.min() > -0.11 and nodes.max() < 100.01
+        if reorthogonalize:
+            basis = np.asarray(found.basis)
+            np.testing.assert_allclose(basis @ basis.T, np.eye(200), atol=1e-5)
+    assert copies[True] == [1] * 5
+    assert max(copies[False]) > 1  # so that this test can fail
+
+
+def test_three_vectors_give_the_same_density():
+    values = np.append(np.linspace(-0.1, 1, 395), OUTLIERS).astype(np.float32)
+    options = dict(like=jnp.zeros(400), key=jax.random.key(0), num_steps=100)
+    full, lean = (jh.spectrum(as_operator(values), reorthogonalize=r, **options) for r in (True, False))
+    grid, phi = full.density()
+    assert np.trapezoid(abs(lean.density(grid=grid)[1] - phi), grid) < 0.05
+    np.testing.assert_allclose(lean.mean, full.mean, rtol=1e-3)
+
+
+# ---- progress, and what is refused ----
+
+
+def test_progress():
+    calls = []
+    jh.lanczos(as_operator(VALUES), START, 5, progress=lambda *args: calls.append(args))
+    assert calls == [(i, 5) for i in range(1, 6)]
+
+
+@pytest.mark.parametrize(
+    ("values", "start", "steps", "options", "message"),
+    [
+        (VALUES, START, 0, {}, "num_steps.*at least 1, got 0"),
+        (VALUES, START, 2.5, {}, "num_steps.*2.5"),
+        (VALUES, 0 * START, 5, {}, "start vector.*not zero"),
+        (VALUES, np.nan * START, 5, {}, "start vector.*finite"),
+        (np.inf * VALUES, START, 5, {}, "not finite at Lanczos step 1"),
+        (VALUES, START, 5, {"restart_key": jax.random.key(0), "reorthogonalize": False}, "reorthogonalize=True"),
+    ],
+)
+def test_invalid_arguments(values, start, steps, options, message):
+    with pytest.raises(ValueError, match=message):
+        jh.lanczos(as_operator(values), start, steps, **options)
+
+
+# ---- the top eigenpairs ----
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("k", [1, 4, DIM])
+def test_top_eigenpairs_equal_numpy(name, k):
+    """Of low rank with k beyond the rank, with repeated values, and all of them."""
+    matrix = rotated(SPECTRA[name]).astype(np.float32)
+    values, vectors, residuals = jh.top_eigenpairs(as_operator(matrix), like=jnp.zeros(DIM), key=jax.random.key(0), k=k)
+    np.testing.assert_allclose(values, np.sort(SPECTRA[name])[::-1][:k], atol=1e-5)
+    vectors = np.asarray(vectors, np.float64)
+    np.testing.assert_allclose(vectors @ vectors.T, np.eye(k), atol=1e-5)
+    exact = np.linalg.norm(matrix @ vectors.T - vectors.T * values, axis=0)
+    np.testing.assert_allclose(residuals, exact, atol=1e-5)
+    assert max(residuals) < 1e-5
+
+
+def test_top_eigenpairs_of_a_net():
+    p = helpers.problem("mlp")
+    dense = helpers.dense(p, "hessian")
+    values, vectors, _ = jh.top_eigenpairs(p.operator("hessian"), like=p.params, key=jax.random.key(0), k=3)
+    exact = np.linalg.eigh(dense)
+    np.testing.assert_allclose(values, exact[0][::-1][:3], rtol=1e-4)
+    for i in range(3):
+        vector = helpers.ravel(jax.tree.map(lambda x, i=i: x[i], vectors))
+        np.testing.assert_allclose(abs(vector @ exact[1][:, -1 - i]), 1, atol=1e-3)
+
+
+def test_residuals_of_too_few_steps_are_honest():
+    values = np.linspace(0, 1, 400).astype(np.float32)
+    found, _, residuals = jh.top_eigenpairs(as_operator(values), like=jnp.zeros(400), key=jax.random.key(0), num_steps=10)
+    assert residuals.min() > 1e-3
+    for value, residual in zip(found, residuals, strict=True):
+        assert abs(values - value).min() <= residual
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": 0}, "k must be.*at least 1, got 0"),
+        ({"k": DIM + 1}, f"k = {DIM + 1}.*dimension {DIM}.*at most {DIM}"),
+        ({"k": 5, "num_steps": 4}, "num_steps = 4.*k = 5.*more steps"),
+        ({"num_steps": 0}, "num_steps"),
+    ],
+)
+def test_top_eigenpairs_refuse(options, message):
+    with pytest.raises(ValueError, match=message):
+        jh.top_eigenpairs(as_operator(VALUES), like=jnp.zeros(DIM), key=jax.random.key(0), **options)
+
+
+@pytest.mark.parametrize("function", [jh.spectrum, jh.top_eigenpairs, jh.trace])
+def test_half_precision_parameters(function):
+    """``like=params`` of bfloat16 parameters: the operator answers in float32, and so must what is built on it."""
+    p = helpers.problem("softmax regression")
+    coarse = helpers.cast(p.params, jnp.bfloat16)
+    fine = helpers.cast(coarse, jnp.float32)
+    operator = jh.hessian(p.objective, coarse, p.batch)
+    found = function(operator, like=coarse, key=jax.random.key(0))
+    exact = np.linalg.eigvalsh(helpers.matrix(operator, fine))
+    if function is jh.spectrum:
+        np.testing.assert_allclose(found.nodes, exact, atol=1e-5)
+    elif function is jh.top_eigenpairs:
+        np.testing.assert_allclose(found[0], exact[::-1][:10], atol=1e-5)
+    else:
+        assert abs(found.mean - exact.sum()) < 4 * found.std_error

@@ -1,0 +1,367 @@
+"""Spectra: measures and their densities, from eigenvalues and from Lanczos; every layer's."""
+
+import functools
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import KINDS, as_operator, problem
+
+import jaxhess as jh
+
+NORMAL = np.random.default_rng(0).standard_normal(100)
+
+
+def lanczos_spectrum(values, **options):
+    options = dict(key=jax.random.key(0), num_steps=30) | options
+    return jh.spectrum(as_operator(values.astype(np.float32)), like=jnp.zeros(len(values)), **options)
+
+
+@functools.cache
+def made(name):
+    """Spectra of all shapes."""
+    outliers = np.append(np.random.default_rng(0).uniform(0, 1, 300), [20.0, 50.0, 1000.0])
+    match name:
+        case "bulk with outliers":
+            return jh.Spectrum.from_eigenvalues(outliers)
+        case "one far outlier":
+            return jh.Spectrum.from_eigenvalues(np.append(np.zeros(2000), 1e6))
+        case "low rank":
+            return jh.Spectrum.from_eigenvalues([3.0, 1.0], dim=1000)
+        case "indefinite":
+            return jh.Spectrum.from_eigenvalues(NORMAL)
+        case "single point":
+            return jh.Spectrum([5.0], [1.0], 7)
+        case "single negative point":
+            return jh.Spectrum([-5.0, -5.0], [0.5, 0.5], 7)
+        case "zero":
+            return jh.Spectrum.from_eigenvalues(np.zeros(4))
+        case "far from zero":
+            return jh.Spectrum.from_eigenvalues(1e6 + NORMAL)
+        case "one step":
+            return jh.Spectrum([-1.0, 0.0, 7.0], [0.2, 0.7, 0.1], 100, num_steps=1)
+        case "many steps":
+            return jh.Spectrum(outliers, np.full(303, 1 / 303), 303, num_steps=5000)
+        case "large residuals":
+            return jh.Spectrum([0.0, 1.0], [0.9, 0.1], 50, num_steps=2, residuals=[0.5, 3.0])
+        case "Lanczos":
+            return lanczos_spectrum(outliers)
+        case "Lanczos, two steps":
+            return lanczos_spectrum(outliers, num_steps=2)
+        case "Lanczos, three draws":
+            return lanczos_spectrum(outliers, num_draws=3)
+        case "Lanczos without basis":
+            return lanczos_spectrum(outliers, num_steps=60, reorthogonalize=False)
+    raise KeyError(name)
+
+
+MADE = [
+    "bulk with outliers",
+    "one far outlier",
+    "low rank",
+    "indefinite",
+    "single point",
+    "single negative point",
+    "zero",
+    "far from zero",
+    "one step",
+    "many steps",
+    "large residuals",
+    "Lanczos",
+    "Lanczos, two steps",
+    "Lanczos, three draws",
+    "Lanczos without basis",
+]
+
+
+def scaled(spec, factor):
+    return jh.Spectrum(spec.nodes * factor, spec.weights, spec.dim, spec.num_steps, spec.residuals * abs(factor))
+
+
+# ---- densities ----
+
+
+@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("num_points", [32, 1024])
+@pytest.mark.parametrize("kappa", [1.05, 1.25, 3.0])
+def test_a_density_integrates_to_one_and_holds_every_node(name, num_points, kappa):
+    spec = made(name)
+    grid, phi = spec.density(num_points, kappa)
+    assert len(grid) == len(phi) == num_points
+    assert grid[0] < spec.nodes.min() and spec.nodes.max() < grid[-1]
+    assert (phi >= 0).all()
+    np.testing.assert_allclose(np.trapezoid(phi, grid), 1, atol=0.01)
+
+
+@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("factor", [1e-20, 1e-6, 1e20])
+def test_scaling_the_operator_scales_the_picture(name, factor):
+    grid, phi = made(name).density()
+    far_grid, far_phi = scaled(made(name), factor).density()
+    if name == "zero":  # which has no scale
+        factor = 1
+    np.testing.assert_allclose(far_grid, grid * factor, rtol=1e-6, atol=1e-9 * factor * abs(grid).max())
+    np.testing.assert_allclose(far_phi, phi / factor, rtol=1e-4, atol=1e-9 * phi.max() / factor)
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_mirrored_operator_mirrors_the_picture(name):
+    grid, phi = made(name).density()
+    mirrored_grid, mirrored_phi = scaled(made(name), -1).density()
+    np.testing.assert_allclose(mirrored_grid, -grid[::-1], rtol=1e-9, atol=1e-9 * abs(grid).max())
+    np.testing.assert_allclose(mirrored_phi, phi[::-1], rtol=1e-4, atol=1e-9 * phi.max())
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_the_logarithm_is_finite_everywhere(name):
+    spec = made(name)
+    grid, log_phi = spec.log_density()
+    assert np.isfinite(log_phi).all()
+    np.testing.assert_allclose(np.exp(log_phi), spec.density()[1])
+    far = np.array([-1e3, 1e3]) * (1 + abs(spec.nodes).max())
+    assert np.isfinite(spec.log_density(grid=far)[1]).all()
+
+
+def test_the_width_is_the_formula():
+    """sigma = R / ((M - 1) sqrt(8 ln kappa)) with R the range of the nodes, widened by the margin on either side."""
+    spec = jh.Spectrum([0.0, 1.0], [0.5, 0.5], 10, num_steps=11)
+    sigma = 1.1 / (10 * np.sqrt(8 * np.log(1.25)))
+    grid = np.linspace(-1, 2, 7)
+    expected = sum(0.5 * np.exp(-(((grid - node) / sigma) ** 2) / 2) for node in (0, 1)) / (sigma * np.sqrt(2 * np.pi))
+    np.testing.assert_allclose(spec.density(grid=grid)[1], expected, rtol=1e-12)
+    own, _ = spec.density()
+    np.testing.assert_allclose(own[[0, -1]], [-0.05 - 5 * sigma, 1.05 + 5 * sigma])
+    wide, _ = spec.density(margin=0.5)
+    assert wide[0] < own[0] and wide[-1] > own[-1]
+
+
+def test_residuals_widen_the_range():
+    exact, rough = (jh.Spectrum([0.0, 1.0], [0.5, 0.5], 10, residuals=r) for r in (None, [0.0, 4.0]))
+    assert rough.density()[0][-1] > 5 > exact.density()[0][-1]
+
+
+def test_the_density_of_a_semicircle():
+    """Enough steps and eigenvalues, and the picture is the law."""
+    values = helpers.bulk("semicircle", 500)
+    grid, phi = lanczos_spectrum(values, num_steps=60, num_draws=4).density()
+    law = 2 / np.pi * np.sqrt(np.maximum(0, 1 - grid**2))
+    assert np.trapezoid(abs(phi - law), grid) < 0.12
+
+
+# ---- the measure ----
+
+
+def test_properties():
+    spec = jh.Spectrum([3.0, -1.0], [0.25, 0.75], dim=8, residuals=[0.3, 0.1])
+    np.testing.assert_array_equal(spec.nodes, [-1, 3])
+    np.testing.assert_array_equal(spec.weights, [0.75, 0.25])
+    np.testing.assert_array_equal(spec.residuals, [0.1, 0.3])
+    assert (spec.lambda_min, spec.lambda_max, spec.mean, spec.trace) == (-1, 3, 0, 0)
+    assert {x.dtype for x in (spec.nodes, spec.weights, spec.residuals)} == {np.dtype(np.float64)}
+
+
+def test_from_eigenvalues():
+    spec = jh.Spectrum.from_eigenvalues([3.0, 1.0], dim=8)
+    np.testing.assert_array_equal(spec.nodes, [0, 1, 3])
+    np.testing.assert_array_equal(spec.weights, [6 / 8, 1 / 8, 1 / 8])
+    assert spec.trace == 4
+    full = jh.Spectrum.from_eigenvalues(np.arange(4.0))
+    assert full.dim == 4 and full.trace == 6
+
+
+def test_weights_that_rounding_left_off_one_are_mended():
+    spec = jh.Spectrum([0.0, 1.0], [0.5, 0.5 + 1e-6], 2)
+    np.testing.assert_allclose(spec.weights.sum(), 1, rtol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (([], [], 1), r"m >= 1.*\(0,\)"),
+        (([1.0, 2.0], [1.0], 1), r"one shape.*\(2,\), \(1,\)"),
+        (([[1.0]], [[1.0]], 1), "one shape"),
+        (([np.nan], [1.0], 1), "not finite"),
+        (([1.0], [np.inf], 1), "not finite"),
+        (([1.0, 2.0], [1.5, -0.5], 1), "minimum -0.5"),
+        (([1.0, 2.0], [0.5, 0.4], 1), "sum 0.9"),
+        (([1.0], [1.0], 0), "dim"),
+        (([1.0], [1.0], 1.5), "dim"),
+        (([1.0], [1.0], 1, 0), "num_steps"),
+        (([1.0], [1.0], 1, 5, [0.1, 0.2]), r"\(1,\), \(1,\), \(2,\)"),
+        (([1.0], [1.0], 1, 5, [np.nan]), "not finite"),
+    ],
+)
+def test_what_is_no_spectrum(args, message):
+    with pytest.raises(ValueError, match=message):
+        jh.Spectrum(*args)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda spec: spec.density(1), "num_points >= 2, got 1"),
+        (lambda spec: spec.density(kappa=1.0), "kappa must be above 1, got 1.0"),
+        (lambda spec: spec.density(margin=-0.1), "margin must not be negative"),
+        (lambda spec: spec.log_density(0), "num_points"),
+        (lambda spec: jh.Spectrum.from_eigenvalues([1.0, 2.0, 3.0], dim=2), "3 eigenvalues.*dimension 2"),
+        (lambda spec: jh.Spectrum.from_eigenvalues([]), "eigenvalues|m >= 1"),
+        (lambda spec: lanczos_spectrum(np.ones(3), num_steps=0), "num_steps"),
+        (lambda spec: lanczos_spectrum(np.ones(3), num_draws=0), "num_draws"),
+        (lambda spec: lanczos_spectrum(np.full(3, np.nan)), "not finite"),
+    ],
+)
+def test_invalid_arguments(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(jh.Spectrum([0.0], [1.0], 1))
+
+
+# ---- from Lanczos ----
+
+
+@pytest.mark.parametrize("num_steps", [40, 128])
+@pytest.mark.parametrize("values", [NORMAL[:40], np.zeros(40), np.ones(40), np.repeat([0.0, 1.0], 20)])
+def test_at_full_order_the_spectrum_is_exact(values, num_steps):
+    spec = lanczos_spectrum(values, num_steps=num_steps)
+    np.testing.assert_allclose(spec.nodes, np.sort(values), atol=1e-5)
+    np.testing.assert_allclose(spec.weights, 1 / 40)
+    assert spec.dim == 40
+
+
+def test_moments_from_many_draws():
+    values = np.append(np.random.default_rng(0).uniform(0, 1, 300), [20.0, 30.0])
+    one = lanczos_spectrum(values, num_draws=1)
+    spec = lanczos_spectrum(values, num_draws=200, num_steps=8)
+    assert len(one.nodes) == 30 and len(spec.nodes) == 200 * 8
+    np.testing.assert_allclose(spec.weights.sum(), 1)
+    # v'Av / v'v of a Gaussian v has the variance 2/(n(n+2)) (|A|^2 - tr(A)^2/n).
+    error = np.sqrt(2 / (302 * 304) * (np.sum(values**2) - values.sum() ** 2 / 302) / 200)
+    assert abs(spec.mean - values.mean()) < 4 * error
+    assert abs(spec.trace - values.sum()) < 4 * 302 * error
+
+
+def test_the_same_key_gives_the_same_spectrum():
+    one, same, other = (lanczos_spectrum(NORMAL, key=jax.random.key(i), num_draws=2) for i in (1, 1, 2))
+    np.testing.assert_array_equal(one.nodes, same.nodes)
+    assert not np.array_equal(one.nodes, other.nodes)
+
+
+@pytest.mark.parametrize(("num_draws", "num_steps"), [(1, 5), (3, 5), (1, 100), (2, 100)])
+def test_progress_ends_at_its_total(num_draws, num_steps):
+    calls = []
+    lanczos_spectrum(
+        np.arange(50.0), num_draws=num_draws, num_steps=num_steps, progress=lambda *args: calls.append(args)
+    )
+    assert [done for done, _ in calls] == list(range(1, len(calls) + 1))
+    assert len({total for _, total in calls}) == 1
+    assert calls[-1][0] == calls[-1][1]
+
+
+# ---- every layer ----
+
+
+@functools.cache
+def spectra_of_mlp(curvature, method="lanczos"):
+    p = problem("mlp")
+    return jh.layer_spectra(p.objective, p.params, p.batch, key=jax.random.key(0), curvature=curvature, method=method)
+
+
+@pytest.mark.parametrize("layer", ["fc1", "fc2", "total"])
+@pytest.mark.parametrize("curvature", KINDS)
+def test_layer_spectra_equal_dense_eigenvalues(curvature, layer):
+    p = problem("mlp")
+    spectra = spectra_of_mlp(curvature)
+    assert list(spectra) == ["fc1", "fc2", "total"]
+    exact = helpers.dense(p, curvature, None if layer == "total" else layer)
+    np.testing.assert_allclose(spectra[layer].nodes, np.linalg.eigvalsh(exact), atol=2e-6)
+    assert spectra[layer].dim == len(exact)
+
+
+@pytest.mark.parametrize("layer", ["fc1", "fc2", "total"])
+def test_the_gram_matrix_gives_the_exact_spectrum(layer):
+    p = problem("mlp")
+    spec = spectra_of_mlp("ggn", "gram")[layer]
+    exact = np.linalg.eigvalsh(helpers.dense(p, "ggn", None if layer == "total" else layer))
+    zeros = round(spec.weights[spec.nodes == 0].sum() * spec.dim)
+    all_nodes = np.sort(np.append(np.zeros(zeros), spec.nodes[spec.nodes != 0]))
+    np.testing.assert_allclose(all_nodes, exact, atol=1e-6)
+
+
+def test_interlacing():
+    for curvature in KINDS:
+        spectra = spectra_of_mlp(curvature)
+        for spec in spectra.values():
+            assert spec.lambda_max <= spectra["total"].lambda_max + 1e-6
+            assert spec.lambda_min >= spectra["total"].lambda_min - 1e-6
+
+
+def test_layer_spectra_with_few_steps_and_options():
+    """Three vectors, several draws, a criterion of one's own, an aux: the trace of many draws is right."""
+    p = problem("mlp, own criterion")
+    objective = jh.Objective(lambda q, b: (helpers.mlp(q, b), None), helpers.softplus_sum)
+    spectra = jh.layer_spectra(
+        objective,
+        p.params,
+        p.batch,
+        key=jax.random.key(0),
+        num_steps=6,
+        num_draws=40,
+        curvature="ggn",
+        reorthogonalize=False,
+        has_aux=True,
+    )
+    for layer in ("fc1", "fc2"):
+        exact = np.linalg.eigvalsh(helpers.dense(p, "ggn", layer))
+        dim = len(exact)
+        error = dim * np.sqrt(2 / (dim * (dim + 2)) * (np.sum(exact**2) - exact.sum() ** 2 / dim) / 40)
+        assert abs(spectra[layer].trace - exact.sum()) < 4 * error
+
+
+def test_scanned_layers_have_spectra_of_their_own():
+    params = {"blocks": {"w": helpers.normal(1, 2, 3, 3), "b": helpers.normal(2, 2, 3)}}
+
+    def net(params, batch):
+        return jax.lax.scan(lambda x, p: (jnp.tanh(helpers.affine(p, x)), None), batch["x"], params["blocks"])[0]
+
+    batch = {"x": helpers.normal(3, 5, 3), "label": helpers.labels(4, 3, 5)}
+    p = helpers.Problem(jh.Objective(net, jh.cross_entropy), params, batch)
+    hess = helpers.dense(p, "hessian")
+    numbers = helpers.unravel(np.arange(len(hess)), params)
+    lanczos, gram = (
+        jh.layer_spectra(p.objective, params, batch, key=jax.random.key(0), curvature=c, method=m)
+        for c, m in (("hessian", "lanczos"), ("ggn", "gram"))
+    )
+    for i in range(2):
+        where = helpers.ravel(jax.tree.map(lambda x, i=i: x[i], numbers["blocks"]))
+        exact = np.linalg.eigvalsh(hess[np.ix_(where, where)])
+        np.testing.assert_allclose(lanczos[f"blocks[{i}]"].nodes, exact, atol=1e-5)
+        exact = helpers.dense(p, "ggn")[np.ix_(where, where)]
+        np.testing.assert_allclose(gram[f"blocks[{i}]"].trace, np.trace(exact), rtol=1e-4)
+
+
+@pytest.mark.parametrize("num_steps", [4, 64])
+def test_progress_over_all_layers(num_steps):
+    """Up to its total and no further, where the recurrence stops at the dimension too."""
+    p = problem("mlp")
+    calls = []
+    options = dict(num_steps=num_steps, num_draws=2, progress=lambda *args: calls.append(args))
+    jh.layer_spectra(p.objective, p.params, p.batch, key=jax.random.key(0), **options)
+    total = calls[0][1]
+    assert calls == [(i, total) for i in range(1, total + 1)]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"method": "power"}, ValueError, "'power'.*gram.*lanczos"),
+        ({"method": "gram"}, ValueError, "GGN only.*'hessian'.*lanczos"),
+        ({"curvature": "fisher"}, ValueError, "'fisher'"),
+        ({"num_steps": 0}, ValueError, "num_steps"),
+        ({"num_draws": 0}, ValueError, "num_draws"),
+    ],
+)
+def test_layer_spectra_refuse(options, error, message):
+    p = problem("mlp")
+    with pytest.raises(error, match=message):
+        jh.layer_spectra(p.objective, p.params, p.batch, key=jax.random.key(0), **options)
