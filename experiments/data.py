@@ -133,7 +133,7 @@ def _tfds(name, data_dir, label, progress):
     if missing:
         raise ValueError(f"data set {name!r} has no split {sorted(missing)}, only {sorted(sources)}")
     features = sources["train"].dataset_info.features
-    classes = [key for key, feature in features.items() if hasattr(feature, "num_classes")]
+    classes = sorted(key for key, feature in features.items() if hasattr(feature, "num_classes"))
     if "image" not in features or label not in classes:
         raise ValueError(
             f"data set {name!r} needs the features 'image' and {label!r}, a class label; it has {sorted(features)}, "

@@ -32,6 +32,7 @@ def spectra(
     *,
     key: jax.Array,
     num_steps: int = 128,
+    num_draws: int = 1,
     curvatures: tuple[str, ...] = ("hessian", "ggn"),
     progress: bool = True,
 ) -> dict[str, dict[str, jh.Spectrum]]:
@@ -44,7 +45,8 @@ def spectra(
       params: its parameters.
       batch: images and labels, as from `measure_batch`.
       key: a JAX random key.
-      num_steps: Lanczos steps.
+      num_steps: Lanczos steps of each draw.
+      num_draws: start vectors of each spectrum; the weights of one draw are random by themselves.
       curvatures: of "hessian", "ggn" and "functional".
       progress: whether to show progress bars.
 
@@ -55,7 +57,14 @@ def spectra(
     for curvature in curvatures:
         with progress_bar(f"spectra, {curvature}", progress) as report:
             found[curvature] = jh.layer_spectra(
-                objective(model), params, batch, key=key, num_steps=num_steps, curvature=curvature, progress=report
+                objective(model),
+                params,
+                batch,
+                key=key,
+                num_steps=num_steps,
+                num_draws=num_draws,
+                curvature=curvature,
+                progress=report,
             )
     return found
 

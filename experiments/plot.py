@@ -107,10 +107,9 @@ def layer_distances(distances: Mapping[str, Mapping[str, Mapping[str, float]]], 
             middle = [shared.index(name) for name in jh.middle_layers(shared)]
             axis.axvspan(middle[0] - 0.5, middle[-1] + 0.5, color="0.93", zorder=0)
             axis.set_xticks(range(len(shared)), shared, rotation=45 if len(shared) < 8 else 90)
-        else:
-            axis.set_xlabel("relative depth", **_STYLE)
         axis.set_ylim(bottom=0)
         axis.set_title(words, **_STYLE)
+    figure.supxlabel("layer (shaded: the middle ones)" if same else "relative depth", **_STYLE)
     axes[0].legend(fontsize=7, frameon=False)
     return figure
 

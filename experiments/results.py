@@ -50,8 +50,8 @@ def save_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 def load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
     """Reads an npz whole; ValueError if it is not there or damaged."""
-    with _readable(path), np.load(path, allow_pickle=False) as stored:
-        return dict(stored)
+    with _readable(path), path.open("rb") as file:  # np.load would leave a damaged file open
+        return dict(np.load(file, allow_pickle=False))
 
 
 @contextlib.contextmanager

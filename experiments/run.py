@@ -22,6 +22,8 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+import jax
+
 from experiments import configs, results
 
 
@@ -121,7 +123,8 @@ def _run(name, words):
     out_dir = pathlib.Path(options.out or pathlib.Path("results", _title(name, config)))
     if not options.redraw:
         module.run(config, out_dir, options.data_dir or None)
-        results.save_json(out_dir / "config.json", {"experiment": name, **dataclasses.asdict(config)})
+        made_with = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
+        results.save_json(out_dir / "config.json", {"experiment": name, **made_with, **dataclasses.asdict(config)})
     module.draw(out_dir)
     print(f"results in {out_dir}")
 

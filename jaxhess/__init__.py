@@ -20,6 +20,7 @@ from jaxhess.operators import functional_hessian as functional_hessian
 from jaxhess.operators import ggn as ggn
 from jaxhess.operators import hessian as hessian
 from jaxhess.operators import linearize as linearize
+from jaxhess.regularizer import hessian_trace_penalty as hessian_trace_penalty
 from jaxhess.spectrum import Spectrum as Spectrum
 from jaxhess.spectrum import layer_spectra as layer_spectra
 from jaxhess.spectrum import spectrum as spectrum
@@ -30,3 +31,5 @@ from jaxhess.summary import summarize as summarize
 from jaxhess.trace import Estimate as Estimate
 from jaxhess.trace import layer_traces as layer_traces
 from jaxhess.trace import trace as trace
+from jaxhess.transform import HessianTraceState as HessianTraceState
+from jaxhess.transform import add_hessian_trace as add_hessian_trace

@@ -113,7 +113,8 @@ class CrossEntropy(_Labelled):
         labels = self._checked(outputs, batch)
         if isinstance(labels, jax.core.Tracer) or labels.size == 0:
             return
-        low, high, classes = int(labels.min()), int(labels.max()), outputs.shape[-1]
+        # In numpy, so that known labels can be read inside the tracing of something else too.
+        low, high, classes = int(np.min(labels)), int(np.max(labels)), outputs.shape[-1]
         if low < 0 or high >= classes:
             raise ValueError(f"labels run from {low} to {high}, outside 0..{classes - 1} for {classes} outputs")
 

@@ -344,8 +344,8 @@ def _differentiable(params):
             )
     # Half precision has too few digits for second derivatives.
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32)), params)
-    if not any(isinstance(leaf, jax.core.Tracer) for _, leaf in leaves):
-        finite = jax.device_get(_finite(jax.tree.leaves(params)))
+    finite = _finite(jax.tree.leaves(params))
+    if not any(isinstance(ok, jax.core.Tracer) for ok in finite):
         if bad := [jax.tree_util.keystr(path) for (path, _), ok in zip(leaves, finite, strict=True) if not ok]:
             raise ValueError(f"the parameters are not finite at {bad}; curvature there means nothing")
     return params

@@ -74,7 +74,7 @@ def mlp(params, batch):
 
 
 def batchnorm_net(params, batch):
-    """fc1, batch norm in training mode (or with the statistics in the batch), dropout (with a key in the batch), fc2."""
+    """fc1, batch norm, dropout, fc2: in training mode, or with statistics in the batch; dropout where it has a key."""
     x = affine(params["fc1"], batch["x"])
     mean, var = batch["stats"] if "stats" in batch else (x.mean(0), x.var(0))
     x = (x - mean[None]) / jnp.sqrt(var + 1e-3)[None]
@@ -316,6 +316,7 @@ def rotated(values, seed=0) -> np.ndarray:
     return (q * values) @ q.T
 
 
+@functools.cache
 def bulk(name, count, seed=0) -> np.ndarray:
     """Eigenvalues without outliers."""
     rng = np.random.default_rng(seed)

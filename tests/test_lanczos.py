@@ -241,7 +241,9 @@ def test_top_eigenpairs_of_a_net():
 
 def test_residuals_of_too_few_steps_are_honest():
     values = np.linspace(0, 1, 400).astype(np.float32)
-    found, _, residuals = jh.top_eigenpairs(as_operator(values), like=jnp.zeros(400), key=jax.random.key(0), num_steps=10)
+    found, _, residuals = jh.top_eigenpairs(
+        as_operator(values), like=jnp.zeros(400), key=jax.random.key(0), num_steps=10
+    )
     assert residuals.min() > 1e-3
     for value, residual in zip(found, residuals, strict=True):
         assert abs(values - value).min() <= residual

@@ -426,7 +426,11 @@ def test_middle_layers(count):
         (lambda: jh.subtree({"s": stacked("m")}, "s[3]/m"), ValueError, r"s\[3\]/m"),
         (lambda: jh.subtree({"s": stacked("m")}, "t[0]/m"), ValueError, r"t\[0\]/m.*\['s/m'\]"),
         (lambda: jh.layer_names({}), ValueError, "no arrays"),
-        (lambda: jh.layer_names(squares("a"), batch=X), ValueError, r"needs the loss.*layer_names\(params, loss, batch\)"),
+        (
+            lambda: jh.layer_names(squares("a"), batch=X),
+            ValueError,
+            r"needs the loss.*layer_names\(params, loss, batch\)",
+        ),
         (lambda: jh.middle_layers([]), ValueError, "empty"),
         (lambda: find_layers(squares("total"), ["total"]), ValueError, "'total'.*rename"),
     ],

@@ -196,7 +196,9 @@ def test_chunks_do_not_change_the_result(chunk_size):
 def test_layer_traces_have_the_same_prefix_in_all_chunks():
     p = problem("mlp")
     one, two = (
-        jh.layer_traces(p.objective, p.params, p.batch, key=jax.random.key(0), num_probes=6, curvature="ggn", chunk_size=c)
+        jh.layer_traces(
+            p.objective, p.params, p.batch, key=jax.random.key(0), num_probes=6, curvature="ggn", chunk_size=c
+        )
         for c in (2, 3)
     )
     for layer in one:
@@ -205,7 +207,9 @@ def test_layer_traces_have_the_same_prefix_in_all_chunks():
 
 def test_under_jit_the_result_is_the_same():
     operator = as_operator(MATRIX)
-    found = jax.jit(lambda o, key: jh.trace(o, like=jnp.zeros(DIM), key=key, num_probes=10))(operator, jax.random.key(0))
+    found = jax.jit(lambda o, key: jh.trace(o, like=jnp.zeros(DIM), key=key, num_probes=10))(
+        operator, jax.random.key(0)
+    )
     np.testing.assert_allclose(found, trace(MATRIX, num_probes=10), rtol=1e-5)
     p = problem("mlp")
     eager, jitted = (

@@ -1,8 +1,8 @@
-"""A first look in half a minute: LeNet on scikit-learn's digits, the table of its curvature, and its spectra.
+"""A first look in a minute: LeNet on scikit-learn's digits, the table of its curvature, and its spectra.
 
     python -m experiments.run demo
 
-Needs no download. Under a minute on two CPU cores. Expected: a test accuracy of at least 96%, and a figure as fig1's.
+Needs no download. About a minute on two CPU cores. Expected: a test accuracy of at least 96%, and a figure as fig1's.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ class Config(fig1.Config):
     batch_size: int = 50
     learning_rate: float = 2e-2
     milestones: tuple[float, ...] = (0.7,)
+    num_steps: int = 64
 
 
 run = fig1.run

@@ -1,0 +1,208 @@
+"""The Hessian trace penalty and its gradient, a third derivative, without reverse over reverse."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxhess.layers import find_layers, layer_names, middle_layers
+from jaxhess.objective import output_factor_product, output_hessian_product
+from jaxhess.operators import prepare
+from jaxhess.trace import check_count, random_like, sampler
+
+PyTree = Any
+Layers = str | Sequence[str] | Mapping[str, float]
+
+
+def hessian_trace_penalty(
+    loss: Callable,
+    params: PyTree,
+    batch: PyTree,
+    *,
+    key: jax.Array,
+    layers: Layers = "all",
+    num_probes: int = 1,
+    curvature: str = "hessian",
+    probe: str = "rademacher",
+    has_aux: bool = False,
+) -> tuple[jax.Array, PyTree]:
+    """The penalty sum_l w_l Tr(A_l) and its gradient, both unbiased, from the same probes.
+
+    "hessian": with v_l scaled by sqrt(w_l), the penalty is v' Hess v and its gradient the second directional
+    derivative of the gradient of the loss, jvp(jvp(grad)) along v, v. "ggn": with B B' = S and random e over the
+    outputs, the penalty is sum_l w_l ||g_l||^2 of g = J' B e; its gradient is one Hessian product of <B e, f> along
+    w g, and the term through B. Terms that couple two layers have mean zero: the penalty is the trace of the diagonal
+    blocks only, and for equal weights of the whole Hessian too.
+
+    For piecewise linear nets with fixed batch statistics both forms have the same mean, and "ggn" is the cheaper and
+    the more precise one. A criterion without a closed-form factor is taken with v over the parameters.
+
+    Args:
+      loss: ``loss(params, batch) -> scalar``; for "ggn" an `Objective`.
+      params: a pytree of floating-point arrays. Half precision is taken in float32.
+      batch: any pytree.
+      key: a JAX random key.
+      layers: "all"; "middle" (`middle_layers` in network order); names; or {name: weight} with weights >= 0.
+      num_probes: probes, vmapped.
+      curvature: "hessian" or "ggn".
+      probe: "rademacher" or "gaussian".
+      has_aux: as for `hessian`.
+
+    Returns:
+      The penalty, a float32 scalar (float64 for such parameters), and its gradient, a pytree like ``params`` in their
+      dtypes. Works under ``jit``.
+
+    Raises:
+      TypeError, ValueError: as `hessian`; ValueError for layers that select nothing, unknown names (the message lists
+        the layers), a weight that is negative or not finite, or a loss that does not use the parameters.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxhess as jh
+      >>> loss = lambda p, batch: jnp.sum(p["fc"]["w"] ** 3) * batch
+      >>> penalty, gradient = jh.hessian_trace_penalty(
+      ...     loss, {"fc": {"w": jnp.array([1.0, 2.0])}}, 1.0, key=jax.random.key(0))
+      >>> float(penalty), gradient["fc"]["w"]
+      (18.0, Array([6., 6.], dtype=float32))
+
+    Reference: equation (5) of the paper.
+    """
+    check_count("num_probes", num_probes)
+    if curvature not in ("hessian", "ggn"):
+        raise ValueError(f"the penalty takes curvature 'hessian' or 'ggn', got {curvature!r}")
+    dtypes = jax.tree.map(jnp.result_type, params)
+    loss, params = prepare(curvature, loss, params, batch, has_aux)
+    spec = _Penalty(loss, curvature, sampler(probe), num_probes, leaf_weights(loss, params, batch, layers))
+    penalty, gradient = _penalty(spec, params, batch, key)
+    return penalty, jax.tree.map(lambda g, dtype: g.astype(dtype), gradient, dtypes)
+
+
+def leaf_weights(loss: Callable, params: PyTree, batch: PyTree, layers: Layers) -> tuple[tuple[float, ...], ...]:
+    """The weight of each leaf of the parameters: one number, or one for each slice of scanned layers."""
+    check_layers(layers)
+    leaves = jax.tree.leaves(params)
+    if not _uses_params(loss, params, batch):
+        raise ValueError("the loss does not use the parameters, so its Hessian is zero; check what it closes over")
+    if layers == "all":
+        return ((1.0,),) * len(leaves)
+    if layers == "middle":
+        layers = middle_layers(layer_names(params, loss, batch))
+    named = dict(layers) if isinstance(layers, Mapping) else dict.fromkeys(layers, 1.0)
+    weights = [[0.0] for _ in leaves]
+    for layer in find_layers(params, list(named)):
+        for i in layer.leaves:
+            if layer.scan_index is None:
+                weights[i] = [float(named[layer.name])]
+            else:
+                weights[i] = weights[i] if len(weights[i]) > 1 else [0.0] * len(leaves[i])
+                weights[i][layer.scan_index] = float(named[layer.name])
+    return tuple(map(tuple, weights))
+
+
+def check_layers(layers: Layers) -> None:
+    """ValueError or TypeError for a selection of layers that can be seen to be wrong without the parameters."""
+    if isinstance(layers, str):
+        if layers not in ("all", "middle"):
+            raise ValueError(f"layers must be 'all', 'middle', a list of names or {{name: weight}}, got {layers!r}")
+        return
+    if not isinstance(layers, (Mapping, Sequence)):
+        raise TypeError(f"layers must be 'all', 'middle', a list of names or {{name: weight}}, got {layers!r}")
+    if not layers:
+        raise ValueError("layers selects no layer; name at least one, or use 'all'")
+    if isinstance(layers, Mapping):
+        bad = {name: weight for name, weight in layers.items() if not 0 <= weight < float("inf")}
+        if bad:
+            raise ValueError(f"weights of layers must be finite and not negative, got {bad}")
+        if not any(layers.values()):
+            raise ValueError("the weights of all layers are zero; give at least one layer a weight")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Penalty:
+    """What is static under ``jit``."""
+
+    loss: Callable
+    curvature: str
+    distribution: Callable
+    num_probes: int
+    weights: tuple[tuple[float, ...], ...]
+
+    def scale(self, tree: PyTree, power: float) -> PyTree:
+        """Each layer times its weight to this power."""
+        leaves, treedef = jax.tree.flatten(tree)
+        factors = [jnp.asarray(w, x.dtype) ** power for w, x in zip(self.weights, leaves, strict=True)]
+        scaled = [
+            f[0] * x if len(f) == 1 else jax.vmap(jnp.multiply)(f, x) for f, x in zip(factors, leaves, strict=True)
+        ]
+        return jax.tree.unflatten(treedef, scaled)
+
+
+@partial(jax.jit, static_argnums=0)
+def _penalty(spec, params, batch, key):
+    if spec.curvature == "hessian":
+        one = _hessian_form
+    else:
+        one = _ggn_form if hasattr(spec.loss.criterion, "factor_product") else _ggn_form_without_factor
+    with jax.default_matmul_precision("float32"):
+        if spec.num_probes == 1:
+            return one(spec, params, batch, key)
+        keys = jax.random.split(key, spec.num_probes)
+        results = jax.vmap(lambda k: one(spec, params, batch, k))(keys)
+        return jax.tree.map(lambda x: x.mean(0), results)
+
+
+def _hessian_form(spec, params, batch, key):
+    v = spec.scale(random_like(key, params, spec.distribution), 0.5)
+
+    def product(p):
+        return jax.jvp(jax.grad(lambda q: spec.loss(q, batch)), (p,), (v,))[1]
+
+    hessian_v, third = jax.jvp(product, (params,), (v,))
+    return optax.tree.vdot(v, hessian_v), third
+
+
+def _ggn_form(spec, params, batch, key):
+    def predict(p):
+        return spec.loss.predict(p, batch)
+
+    def noisy(outputs):
+        return output_factor_product(spec.loss.criterion, outputs, batch, noise)
+
+    outputs, pull = jax.vjp(predict, params)
+    noise = spec.distribution(key, outputs.shape, outputs.dtype)
+    u, pull_noisy = jax.vjp(noisy, outputs)
+    (g,) = pull(u)
+    direction = spec.scale(g, 1.0)
+
+    # d/dt of J(p + t w g)' (u + D'(f - f0)), D the derivative of B e in the outputs: both terms in one pass.
+    def transposed(p):
+        f, pull = jax.vjp(predict, p)
+        return pull(u + pull_noisy(f - outputs)[0])[0]
+
+    slope = jax.jvp(transposed, (params,), (direction,))[1]
+    return optax.tree.vdot(g, direction), optax.tree.scale(2.0, slope)
+
+
+def _ggn_form_without_factor(spec, params, batch, key):
+    v = spec.scale(random_like(key, params, spec.distribution), 0.5)
+
+    def form(p):
+        outputs, tangent = jax.jvp(lambda q: spec.loss.predict(q, batch), (p,), (v,))
+        return jnp.vdot(tangent, output_hessian_product(spec.loss.criterion, outputs, batch, tangent))
+
+    return jax.value_and_grad(form)(params)
+
+
+def _uses_params(loss, params, batch):
+    """Whether the loss depends on the parameters at all, by its jaxpr."""
+    jaxpr = jax.make_jaxpr(loss)(params, batch).jaxpr
+    reached = set(jaxpr.invars[: len(jax.tree.leaves(params))])
+    for eqn in jaxpr.eqns:
+        if any(not hasattr(var, "val") and var in reached for var in eqn.invars):
+            reached.update(eqn.outvars)
+    return jaxpr.outvars[0] in reached

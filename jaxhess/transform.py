@@ -1,0 +1,177 @@
+"""Hessian trace regularization as an optax gradient transformation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxhess.regularizer import Layers, check_layers, hessian_trace_penalty
+from jaxhess.trace import check_count, sampler
+
+PyTree = Any
+_MISSING = object()
+
+
+class HessianTraceState(NamedTuple):
+    """The state of `add_hessian_trace`, arrays only, so that a checkpoint brings back the same probes.
+
+    Attributes:
+      count: int32, steps so far.
+      key: the raw data of the random key.
+      penalty: the last penalty sum_l w_l Tr(A_l), without gamma; NaN before the first.
+      skipped: int32, penalties left out because they or their gradient were not finite.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # as in optax, over tuple.count
+    key: jax.Array
+    penalty: jax.Array
+    skipped: jax.Array
+
+
+def add_hessian_trace(
+    loss: Callable,
+    gamma: float | jax.Array | Callable[[jax.Array], jax.Array],
+    *,
+    key: jax.Array,
+    every: int = 1,
+    start: int = 0,
+    layers: Layers = "all",
+    num_probes: int = 1,
+    curvature: str = "hessian",
+    probe: str = "rademacher",
+    has_aux: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Adds the gradient of gamma * sum_l w_l Tr(A_l) to the updates, on every so many steps.
+
+    It acts on the steps with count >= start and (count - start) divisible by ``every``, so on the first one too; on
+    the steps between it does nothing. The value of the last penalty is in the state. A penalty that is not finite is
+    left out of its step and counted in ``skipped``.
+
+    Its place in the chain decides what happens to the penalty: before ``optax.scale_by_adam`` Adam preconditions it
+    with the gradient, behind it is added as it is (as in decoupled weight decay), and behind ``optax.sgd`` it would
+    be added to the step itself, with the wrong sign: put it first.
+
+    Whatever changes from step to step and is not a parameter travels inside ``batch``: images, labels, masks, batch
+    statistics, a dropout key. Batch norm: the penalty is that of the loss as you give it. One that normalises with
+    the batch couples the examples, and H_l is not zero; one that reads fixed statistics from the batch does not.
+    Dropout: with the step's key in the batch the penalty is that of the thinned net of this step.
+
+    Curvature of half-precision parameters is computed in float32, and the updates keep their dtype. Inside
+    ``optax.MultiSteps`` the penalty is that of the last micro-batch's parameters and batch. Under
+    ``optax.inject_hyperparams`` name all arguments but gamma in ``static_args``. Select layers with ``layers``, not
+    with ``optax.masked``, which hides parameters from the loss.
+
+    Args:
+      loss: ``loss(params, batch) -> scalar``; for "ggn" an `Objective`.
+      gamma: coefficient >= 0, or a schedule ``gamma(count)``.
+      key: a JAX random key; the probes of a step are those of ``fold_in(key, count)``.
+      every: f_r of the paper; the penalty is not scaled by it.
+      start: first step with the penalty.
+      layers, num_probes, curvature, probe, has_aux: as for `hessian_trace_penalty`. Layers are resolved when the
+        first update is traced.
+
+    Returns:
+      A transformation whose ``update`` takes ``params`` and ``batch=``.
+
+    Raises:
+      ValueError, TypeError: for a gamma that is negative or not finite, ``every`` < 1, ``start`` < 0, an empty or
+        unknown selection of layers, or a key that is none; in ``update`` for missing ``params`` or ``batch``, and as
+        `hessian_trace_penalty`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, jaxhess as jh
+      >>> loss = lambda p, batch: jnp.sum(p["fc"]["w"] ** 3) * batch
+      >>> tx = optax.chain(jh.add_hessian_trace(loss, 0.1, every=2, key=jax.random.key(0)), optax.sgd(1.0))
+      >>> params = {"fc": {"w": jnp.array([1.0, 2.0])}}
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(jax.grad(loss)(params, 1.0), state, params, batch=1.0)
+      >>> updates["fc"]["w"], float(state[0].penalty)
+      (Array([ -3.6, -12.6], dtype=float32), 18.0)
+
+    Reference: equation (5) of the paper, and its paragraph on the penalization frequency.
+    """
+    check_count("every", every)
+    if not isinstance(start, (int, np.integer)) or start < 0:
+        raise ValueError(f"start must be a whole number of steps, not negative, got {start!r}")
+    check_count("num_probes", num_probes)
+    if curvature not in ("hessian", "ggn"):
+        raise ValueError(f"the penalty takes curvature 'hessian' or 'ggn', got {curvature!r}")
+    check_layers(layers)
+    sampler(probe)
+    if not callable(gamma) and not isinstance(gamma, jax.core.Tracer):
+        if not (np.ndim(gamma) == 0 and np.isfinite(gamma) and gamma >= 0):
+            raise ValueError(f"gamma must be a finite number that is not negative, or a schedule, got {gamma!r}")
+    key, impl = _key_data(key)
+
+    def init_fn(params):
+        return HessianTraceState(
+            count=jnp.zeros((), jnp.int32),
+            key=jnp.array(key, copy=True),  # a donated state must not take the caller's key with it
+            penalty=jnp.full((), jnp.nan, _penalty_dtype(params)),
+            skipped=jnp.zeros((), jnp.int32),
+        )
+
+    def update_fn(updates, state, params=None, *, batch=_MISSING, **extra_args):
+        del extra_args
+        if params is None:
+            raise ValueError("add_hessian_trace needs the parameters: tx.update(grads, state, params, batch=batch)")
+        if batch is _MISSING:
+            raise ValueError(
+                "add_hessian_trace needs the batch of the step: tx.update(grads, state, params, batch=batch); "
+                "TrainState.apply_gradients does not pass it on, so call tx.update and optax.apply_updates instead"
+            )
+        _check_masks(params)
+
+        def penalize():
+            step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=impl), state.count)
+            penalty, gradient = hessian_trace_penalty(
+                loss,
+                params,
+                batch,
+                key=step_key,
+                layers=layers,
+                num_probes=num_probes,
+                curvature=curvature,
+                probe=probe,
+                has_aux=has_aux,
+            )
+            finite = jnp.isfinite(penalty)
+            for leaf in jax.tree.leaves(gradient):
+                finite &= jnp.isfinite(leaf).all()
+            scale = jnp.asarray(gamma(state.count) if callable(gamma) else gamma)
+            added = jax.tree.map(
+                lambda u, g: jnp.where(finite, u + (scale.astype(g.dtype) * g).astype(u.dtype), u), updates, gradient
+            )
+            return added, penalty.astype(state.penalty.dtype), state.skipped + ~finite
+
+        due = (state.count >= start) & ((state.count - start) % every == 0)
+        updates, penalty, skipped = jax.lax.cond(due, penalize, lambda: (updates, state.penalty, state.skipped))
+        return updates, HessianTraceState(optax.safe_increment(state.count), state.key, penalty, skipped)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _key_data(key):
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0:
+        return jax.random.key_data(key), jax.random.key_impl(key)
+    if isinstance(key, (jax.Array, np.ndarray)) and key.dtype == jnp.uint32 and key.ndim == 1:
+        return key, None
+    raise TypeError(f"key must be one JAX random key, as from jax.random.key(0), got {key!r}")
+
+
+def _penalty_dtype(params):
+    return jnp.promote_types(jnp.result_type(*jax.tree.leaves(params)), jnp.float32)
+
+
+def _check_masks(params):
+    nodes = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+    if any(isinstance(node, optax.MaskedNode) for node in nodes):
+        raise ValueError(
+            "some parameters are hidden by optax.masked or optax.multi_transform, and the loss needs them all; "
+            "put add_hessian_trace outside and choose layers with its argument layers="
+        )
