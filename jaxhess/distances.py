@@ -68,7 +68,7 @@ def jensen_shannon(
     log_a, log_b = _common_densities(a, b, num_points, kappa)
     log_m = np.logaddexp(log_a, log_b) - np.log(2)
     divergence = 0.5 * (_divergence(log_a, log_m) + _divergence(log_b, log_m))
-    return divergence / np.log(2) if normalize else divergence
+    return divergence / float(np.log(2)) if normalize else divergence
 
 
 def kl_divergence(

@@ -30,6 +30,12 @@ class Tridiagonal(NamedTuple):
       betas: (m,), the off-diagonal; the last is the norm of the remainder r, 0 where the recurrence broke down.
       num_steps: the steps that count; fewer than asked for after a breakdown or beyond the dimension.
       basis: pytree of (m, *leaf.shape), orthonormal rows; None without reorthogonalisation.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxhess as jh
+      >>> t = jh.lanczos(lambda v: 3.0 * v, jnp.ones(2), 2)
+      >>> t.num_steps, [round(float(x), 4) for x in t.alphas]
+      (1, [3.0])
     """
 
     alphas: jax.Array | np.ndarray
@@ -228,7 +234,7 @@ def _residuals(products, vectors, values):
 
 @partial(jax.jit, static_argnums=(1, 2))
 def _begin(start, num_steps, keep_basis):
-    start = jax.tree.map(jnp.asarray, start)
+    start = jax.tree.map(lambda x: jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32)), start)
     dtype = jnp.result_type(*jax.tree.leaves(start))
     state = _State(
         step=jnp.array(0),

@@ -83,7 +83,7 @@ def layer_names(params: PyTree, loss: Callable | None = None, batch: PyTree = No
     if loss is None:
         raise ValueError("network order needs the loss too: layer_names(params, loss, batch)")
     used = _first_uses(loss, params, first_batch(batch))
-    whole = {re.sub(r"\[\d+\]", "", name) for name in used}
+    whole = {_unsliced(name) for name in used}
     return used + [name for name in natural if name not in whole]
 
 
@@ -224,10 +224,16 @@ def _first_uses(loss, params, batch):
             names[_name(paths[use])] = None
         else:
             (leaf, index, siblings) = use
-            module = _common_prefix([paths[i] for i in siblings])
+            module = _common_prefix([paths[i] for i in siblings]) or paths[leaf]
             rest = paths[leaf][len(module) :]
-            names["/".join(filter(None, [f"{_name(module)}[{index}]", _name(rest) if rest else ""]))] = None
-    return list(names)
+            names["/".join([f"{_name(module)}[{index}]", *([_name(rest)] if rest else [])])] = None
+    # Of an array that is scanned over and used whole as well (in a weight penalty, say) the slices are the layers.
+    sliced = {_unsliced(name) for name in names if name != _unsliced(name)}
+    return [name for name in names if name not in sliced]
+
+
+def _unsliced(name):
+    return re.sub(r"\[\d+\]", "", name)
 
 
 def _common_prefix(paths):
@@ -293,7 +299,8 @@ def _walk_scan(eqn, ins, uses):
     outs = _fixpoint(eqn.params["jaxpr"].jaxpr, ins, consts, carried, inner)
     scanned = tuple(use.leaf for use in inner if isinstance(use, _Scanned))
     uses.update(dict.fromkeys(use for use in inner if not isinstance(use, _Scanned)))
-    uses.update(dict.fromkeys((leaf, i, scanned) for i in range(length) for leaf in scanned))
+    slices = reversed(range(length)) if eqn.params["reverse"] else range(length)
+    uses.update(dict.fromkeys((leaf, i, scanned) for i in slices for leaf in scanned))
     return [
         tag._replace(params=frozenset(use.leaf if isinstance(use, _Scanned) else use for use in tag.params))
         for tag in outs

@@ -92,10 +92,14 @@ class CrossEntropy(_Labelled):
 
     def __call__(self, outputs: jax.Array, batch: PyTree) -> jax.Array:
         """The mean cross-entropy, a scalar."""
-        labels = self._checked(outputs, batch)
-        # A negative index would count from the end: out of range above it reads as NaN instead.
-        labels = jnp.where(labels < 0, outputs.shape[-1], labels)
+        outputs, labels = self._poisoned(outputs, batch)
         return optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean()
+
+    def _poisoned(self, outputs, batch):
+        """Outputs and labels, the outputs NaN (and so every derivative) in rows whose label is out of range."""
+        labels = self._checked(outputs, batch)
+        inside = (labels >= 0) & (labels < outputs.shape[-1])
+        return outputs * jnp.where(inside, 1, jnp.nan)[..., None].astype(outputs.dtype), jnp.where(inside, labels, 0)
 
     def _checked(self, outputs, batch):
         labels = self._read(batch)
@@ -120,14 +124,14 @@ class CrossEntropy(_Labelled):
 
     def hessian_product(self, outputs: jax.Array, batch: PyTree, tangent: jax.Array) -> jax.Array:
         """S t, with the 1/N of the mean in S; ``tangent`` like ``outputs``."""
-        p = jax.nn.softmax(outputs)
+        p = jax.nn.softmax(self._poisoned(outputs, batch)[0])
         pt = p * tangent
         return (pt - p * pt.sum(-1, keepdims=True)) / _rows(outputs)
 
     def factor_product(self, outputs: jax.Array, batch: PyTree, noise: jax.Array) -> jax.Array:
         """B e with B B' = S, the 1/N of the mean included; ``noise`` like ``outputs``."""
         # exp(log_softmax / 2), for the derivative of sqrt(softmax) is NaN where a probability underflows.
-        root = jnp.exp(jax.nn.log_softmax(outputs) / 2)
+        root = jnp.exp(jax.nn.log_softmax(self._poisoned(outputs, batch)[0]) / 2)
         scaled = root * noise
         return (scaled - root**2 * scaled.sum(-1, keepdims=True)) / _rows(outputs) ** 0.5
 
@@ -228,8 +232,9 @@ def _output_blocks(criterion, outputs, batch):
         jnp.eye(outputs.shape[-1], dtype=outputs.dtype)
     )
     blocks = jnp.moveaxis(columns, 0, -1)
-    # Blocks read off with one direction in all rows are S only if no row feels another one's direction.
-    signs = jnp.where(jnp.arange(outputs.size) % 3 == 0, -1.0, 1.0).reshape(outputs.shape).astype(outputs.dtype)
+    # Blocks read off with one direction in all rows are S only if no row feels another one's direction: tried with a
+    # direction without any pattern.
+    signs = jnp.sign(jnp.sin(1.0 + jnp.arange(outputs.size) ** 2)).reshape(outputs.shape).astype(outputs.dtype)
     scale = jnp.max(jnp.abs(blocks))
     tolerance = 100 * jnp.finfo(outputs.dtype).eps * scale
     coupled = jnp.any(jnp.abs(product(signs) - jnp.einsum("...ij,...j->...i", blocks, signs)) > 10 * tolerance)

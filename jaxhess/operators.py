@@ -260,6 +260,9 @@ class _OverBatches:
         for size, batch in self.batches.weighted():
             total += size
             mean = _accumulate(self.product, stacked, params, batch, v, mean, size / total)
+        if not all(_finite(jax.tree.leaves(mean))):
+            for batch in self.batches:  # only the first batch was looked at before: say so if a label is to blame
+                _check_values(self.product.loss, params, batch)
         return mean
 
 
@@ -302,17 +305,22 @@ def prepare(kind: str, loss: Any, params: PyTree, batch: PyTree, has_aux: bool =
     params = _differentiable(params)
     batch = first_batch(batch)
     _check_batch(batch)
+    _check_values(loss, params, batch)
+    value = jax.eval_shape(loss, params, batch)
+    if not (hasattr(value, "shape") and value.shape == () and jnp.issubdtype(value.dtype, jnp.floating)):
+        hint = "; for (value, aux) say has_aux=True" if isinstance(value, tuple) else "; take the mean over examples"
+        raise TypeError(f"the loss must return a floating-point scalar, got {value}{hint}")
+    return loss, params
+
+
+def _check_values(loss, params, batch):
+    """What an objective's halves say of a batch: shapes, and labels where their values are known."""
     if isinstance(loss, Objective):
         outputs = jax.eval_shape(loss.predict, params, batch)
         if not (hasattr(outputs, "shape") and outputs.ndim and jnp.issubdtype(outputs.dtype, jnp.floating)):
             raise TypeError(f"predict must return one floating-point array of shape (..., C), got {outputs}")
         if hasattr(loss.criterion, "check"):
             loss.criterion.check(outputs, batch)
-    value = jax.eval_shape(loss, params, batch)
-    if not (hasattr(value, "shape") and value.shape == () and jnp.issubdtype(value.dtype, jnp.floating)):
-        hint = "; for (value, aux) say has_aux=True" if isinstance(value, tuple) else "; take the mean over examples"
-        raise TypeError(f"the loss must return a floating-point scalar, got {value}{hint}")
-    return loss, params
 
 
 @dataclasses.dataclass(frozen=True)

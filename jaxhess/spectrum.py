@@ -62,8 +62,8 @@ class Spectrum:
                 f"a spectrum takes nodes, weights and residuals of one shape (m,), m >= 1, got {nodes.shape}, "
                 f"{weights.shape}, {residuals.shape}"
             )
-        if not (np.isfinite(nodes).all() and np.isfinite(weights).all()):
-            raise ValueError("the nodes or weights of the spectrum are not finite")
+        if not all(np.isfinite(x).all() for x in (nodes, weights, residuals)):
+            raise ValueError("the nodes, weights or residuals of the spectrum are not finite")
         if weights.min() < 0 or abs(weights.sum() - 1) > 1e-3:
             raise ValueError(f"weights must be >= 0 with sum 1, got minimum {weights.min()} and sum {weights.sum()}")
         check_count("dim", self.dim)
@@ -77,6 +77,8 @@ class Spectrum:
         """The exact spectrum of given eigenvalues; those up to ``dim`` that are not given are zero."""
         values = np.asarray(values, np.float64).ravel()
         dim = len(values) if dim is None else dim
+        if dim == 0:
+            raise ValueError("no eigenvalues were given, and no dimension; a spectrum holds at least one")
         if len(values) > dim:
             raise ValueError(f"{len(values)} eigenvalues were given for dimension {dim}")
         zeros = dim - len(values)
@@ -232,6 +234,11 @@ def spectrum(
     return Spectrum(nodes, weights, dim, num_steps, residuals)
 
 
+def _count_steps(dim, num_steps, num_draws, reorthogonalize):
+    """The steps that `spectrum` takes: all of a small operator once, or those of each draw."""
+    return dim if num_steps >= dim and reorthogonalize else min(dim, num_steps) * num_draws
+
+
 def _report(progress, before, total, done, _):
     progress(before + done, total)
 
@@ -291,14 +298,15 @@ def layer_spectra(
     layers = find_layers(params, layer_names(params, loss, batch))
     if method == "gram":
         values = gram_eigenvalues(loss, params, batch, layers, progress=progress)
-        dims = {layer.name: dimension(layer.arrays(params)) for layer in layers} | {"total": dimension(params)}
-        return {name: Spectrum.from_eigenvalues(values[name], dims[name]) for name in dims}
+        sizes = {layer.name: dimension(layer.arrays(params)) for layer in layers} | {"total": dimension(params)}
+        return {name: Spectrum.from_eigenvalues(values[name], size) for name, size in sizes.items()}
 
     product = _operator(curvature, loss, params, batch, None, False)
     if not isinstance(batch, Batches):
         product = linearize(product, like=params)
-    counts = [min(dimension(like), num_steps) for like in (*(layer.take(params) for layer in layers), params)]
-    total, before, spectra = sum(counts) * num_draws, 0, {}
+    dims = [dimension(layer.arrays(params)) for layer in layers] + [dimension(params)]
+    counts = [_count_steps(dim, num_steps, num_draws, reorthogonalize) for dim in dims]
+    total, before, spectra = sum(counts), 0, {}
     for i, (layer, steps) in enumerate(zip((*layers, None), counts, strict=True)):
         spectra["total" if layer is None else layer.name] = spectrum(
             product if layer is None else _block(product, layer, params),
@@ -309,7 +317,7 @@ def layer_spectra(
             reorthogonalize=reorthogonalize,
             progress=None if progress is None else partial(_report, progress, before, total),
         )
-        before += steps * num_draws
+        before += steps
     return spectra
 
 

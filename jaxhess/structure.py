@@ -148,28 +148,32 @@ def _predict_alone(loss, params, batch, ids):
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _gram_tiles(loss, layers, independent, params, batch, left, right):
     """For each layer the inner products of the rows of B' J_l at two sets of examples (or of single rows)."""
-    count = jax.eval_shape(loss.predict, params, batch).shape[0]
+    shape = jax.eval_shape(loss.predict, params, batch)
+    count, classes = shape.shape[0], shape.shape[-1]
 
-    def rows_of_example(i):
-        one = _example(batch, count, i)
-        outputs, pull = jax.vjp(lambda p: loss.predict(p, one), params)
-        basis = jnp.eye(outputs.size, dtype=outputs.dtype).reshape(-1, *outputs.shape)
-        # The criterion of one example is its mean over one: the 1/N of the whole is put in here.
-        return jax.vmap(lambda e: pull(output_factor_product(loss.criterion, outputs, one, e) / count**0.5)[0])(basis)
+    def factor(outputs, noise):
+        return output_factor_product(loss.criterion, outputs, batch, noise)
 
-    def rows_of_batch(ids):
-        outputs, pull = jax.vjp(lambda p: loss.predict(p, batch), params)
+    def rows_of_example(columns, i):
+        """One row for each position and class; B is block diagonal, so one product served all positions."""
+        mine = columns[:, i].reshape(classes, -1, classes)
+        places = jnp.eye(mine.shape[1], dtype=mine.dtype)
+        cotangents = places[:, None, :, None] * mine[None]  # (position, class, position, output)
+        pull = jax.vjp(lambda p: loss.predict(p, _example(batch, count, i)), params)[1]
+        return jax.vmap(lambda c: pull(c.reshape(1, *shape.shape[1:]))[0])(cotangents.reshape(-1, *mine.shape[1:]))
 
-        def row(i):
-            basis = jnp.zeros(outputs.size, outputs.dtype).at[i].set(1).reshape(outputs.shape)
-            return pull(output_factor_product(loss.criterion, outputs, batch, basis))[0]
-
-        return jax.vmap(row)(ids)
+    def row_of_batch(outputs, pull, i):
+        basis = jnp.zeros(outputs.size, outputs.dtype).at[i].set(1).reshape(outputs.shape)
+        return pull(factor(outputs, basis))[0]
 
     def rows(ids):
+        outputs, pull = jax.vjp(lambda p: loss.predict(p, batch), params)
         if not independent:
-            return rows_of_batch(ids)
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.vmap(rows_of_example)(ids))
+            return jax.vmap(partial(row_of_batch, outputs, pull))(ids)
+        basis = jnp.eye(classes, dtype=outputs.dtype)
+        columns = jax.vmap(lambda e: factor(outputs, jnp.broadcast_to(e, outputs.shape)))(basis)
+        stacked = jax.vmap(partial(rows_of_example, columns))(ids)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stacked)
 
     def tile(layer, a, b):
         pick = [layer._replace(scan_index=None).arrays(side) for side in (a, b)]

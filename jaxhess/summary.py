@@ -32,6 +32,12 @@ class Record:
       trace_norm2: Tr(Hess_l) * ||w_l||^2, which does not change when a scale-invariant layer is scaled.
       outliers: `count_outliers` of the spectrum.
       wasserstein: distance of the spectrum to the whole net's, in units of eigenvalues.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxhess as jh
+      >>> table = jh.summarize(lambda w, batch: jnp.sum(w**2), jnp.ones(3), None, key=jax.random.key(0))
+      >>> table["total"].parameters, round(float(table["total"].trace.mean), 4)
+      (3, 6.0)
     """
 
     parameters: int
@@ -50,7 +56,13 @@ class Summary(Mapping):
     """{layer: Record, ..., "total": Record} in network order; prints as a table.
 
     Attributes:
-      spectra: {layer: Spectrum} of the Hessian, from which the records were made.
+      spectra: {layer: Spectrum, ..., "total": Spectrum} of the Hessian, from which the records were made.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxhess as jh
+      >>> table = jh.summarize(lambda w, batch: jnp.sum(w**2), jnp.ones(3), None, key=jax.random.key(0))
+      >>> table.to_dict()["total"]["lambda_max"], table.spectra["total"].dim
+      (2.0, 3)
     """
 
     def __init__(self, records: dict[str, Record], spectra: dict[str, Spectrum]):
@@ -130,7 +142,7 @@ def summarize(
     Args:
       objective: an `Objective`; a plain loss gives a table without Tr G.
       params, batch, has_aux: as for `hessian`.
-      key: a JAX random key.
+      key: a JAX random key; the spectra are those of `layer_spectra` with the same key.
       num_probes: probes of each trace.
       num_steps: Lanczos steps of each spectrum. The residuals beside lambda_max and lambda_min say whether they
         were enough.
@@ -153,12 +165,12 @@ def summarize(
     Reference: the paper's sections on layerwise spectra, lambda_max and traces.
     """
     loss, params = prepare("hessian", objective, params, batch, has_aux)
-    keys = jax.random.split(key, 3)
-    traces = layer_traces(loss, params, batch, key=keys[0], num_probes=num_probes)
+    traces = layer_traces(loss, params, batch, key=jax.random.fold_in(key, 1), num_probes=num_probes)
     ggn_traces = {}
     if isinstance(loss, Objective):
-        ggn_traces = layer_traces(loss, params, batch, key=keys[1], num_probes=num_probes, curvature="ggn")
-    spectra = layer_spectra(loss, params, batch, key=keys[2], num_steps=num_steps, progress=progress)
+        ggn_key = jax.random.fold_in(key, 2)
+        ggn_traces = layer_traces(loss, params, batch, key=ggn_key, num_probes=num_probes, curvature="ggn")
+    spectra = layer_spectra(loss, params, batch, key=key, num_steps=num_steps, progress=progress)
 
     layers = {layer.name: layer.take(params) for layer in find_layers(params, layer_names(params, loss, batch))}
     records = {}

@@ -25,6 +25,12 @@ class HessianTraceState(NamedTuple):
       key: the raw data of the random key.
       penalty: the last penalty sum_l w_l Tr(A_l), without gamma; NaN before the first.
       skipped: int32, penalties left out because they or their gradient were not finite.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxhess as jh
+      >>> tx = jh.add_hessian_trace(lambda p, batch: jnp.sum(p**4), 0.1, key=jax.random.key(0))
+      >>> int(tx.init(jnp.ones(2)).skipped)
+      0
     """
 
     count: jax.Array  # type: ignore[assignment]  # as in optax, over tuple.count

@@ -21,7 +21,6 @@ class Config(fig1.Config):
     batch_size: int = 50
     learning_rate: float = 2e-2
     milestones: tuple[float, ...] = (0.7,)
-    num_steps: int = 64
 
 
 run = fig1.run

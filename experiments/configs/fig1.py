@@ -31,7 +31,6 @@ class Config(TrainConfig):
       label: feature with the labels.
       images_per_class: training images of each class that the curvature is measured on.
       num_steps: Lanczos steps of each spectrum.
-      num_draws: start vectors of each spectrum.
       num_probes: probes of each trace.
       curvatures: spectra to draw, of "hessian", "ggn" and "functional".
     """
@@ -42,7 +41,6 @@ class Config(TrainConfig):
     label: str = "label"
     images_per_class: int = 10
     num_steps: int = 128
-    num_draws: int = 1
     num_probes: int = 64
     curvatures: tuple[str, ...] = ("hessian", "ggn")
 
@@ -63,16 +61,12 @@ def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> N
             batch,
             key=key,
             num_probes=config.num_probes,
+            num_steps=config.num_steps,
             progress=report,
         )
-    spectra = measure.spectra(
-        model,
-        trained.params,
-        batch,
-        key=key,
-        num_steps=config.num_steps,
-        num_draws=config.num_draws,
-        curvatures=config.curvatures,
+    others = tuple(kind for kind in config.curvatures if kind != "hessian")
+    spectra = {"hessian": table.spectra} | measure.spectra(
+        model, trained.params, batch, key=key, num_steps=config.num_steps, curvatures=others
     )
     seconds = time.perf_counter() - start
     print(f"curvature at {len(batch['label'])} training images, measured in {seconds:.0f} s:\n{table}")
