@@ -222,7 +222,8 @@ def spectrum(
     if num_steps >= dim and reorthogonalize:
         start = random_like(key, like)
         found = lanczos(operator, start, dim, restart_key=jax.random.fold_in(key, 1), progress=progress)
-        return Spectrum(ritz(found.alphas, found.betas)[0], np.full(dim, 1 / dim), dim, num_steps)
+        values, _, residuals = ritz(found.alphas, found.betas)
+        return Spectrum(values, np.full(dim, 1 / dim), dim, num_steps, residuals)
     draws = []
     for draw in range(num_draws):
         start = random_like(jax.random.fold_in(key, draw), like)

@@ -189,6 +189,18 @@ def test_outliers_through_lanczos(bulk, count, where):
         assert jh.count_outliers(spec) == count
 
 
+@pytest.mark.parametrize("count", [0, 3])
+@pytest.mark.parametrize("bulk", BULKS)
+def test_ritz_values_that_have_not_converged_are_no_outliers(bulk, count):
+    """After 16 steps the Ritz values of a bulk stand far apart."""
+    values = planted(bulk, count, "far")
+    for seed in range(3):
+        spec = jh.spectrum(
+            helpers.as_operator(values), like=jnp.zeros(len(values)), key=jax.random.key(seed), num_steps=16
+        )
+        assert jh.count_outliers(spec) == count
+
+
 @pytest.mark.parametrize("count", [3, 9, 10, 40])
 @pytest.mark.parametrize("bulk", BULKS[:2])
 def test_outliers_by_the_profile(bulk, count):

@@ -239,6 +239,15 @@ def test_top_eigenpairs_of_a_net():
         np.testing.assert_allclose(abs(vector @ exact[1][:, -1 - i]), 1, atol=1e-3)
 
 
+def test_the_key_makes_the_start_vector():
+    def found(seed):
+        options = dict(like=jnp.zeros(DIM), key=jax.random.key(seed), k=2, num_steps=5)
+        return jh.top_eigenpairs(as_operator(VALUES), **options)[0]
+
+    np.testing.assert_array_equal(found(1), found(1))
+    assert not np.array_equal(found(1), found(2))
+
+
 def test_residuals_of_too_few_steps_are_honest():
     values = np.linspace(0, 1, 400).astype(np.float32)
     found, _, residuals = jh.top_eigenpairs(

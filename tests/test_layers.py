@@ -237,13 +237,37 @@ def scanned_at_the_root(params, x):
     return single(params, x).mean()
 
 
+def first_alone_then_scanned(params, x):
+    """The slices of the scan are not those of the array."""
+    x = apply(jax.tree.map(lambda p: p[0], params["blocks"]), x)
+    return single(jax.tree.map(lambda p: p[1:], params["blocks"]), x).mean()
+
+
+def scanned_twice(params, x):
+    """Once beside another module and once alone."""
+    x = lax.scan(block, x, params["blocks"])[0]
+    return single(params["blocks"]["attn"], x).mean()
+
+
+def scanned_alone_first(params, x):
+    x = single(params["blocks"]["attn"], x)
+    return lax.scan(block, x, params["blocks"])[0].mean()
+
+
+ONE = {"blocks": stacked("only")["only"]}
+TWO = {"blocks": stacked("attn", "mlp")}
+
+
 @pytest.mark.parametrize(
     ("params", "loss", "names"),
     [
-        ({"blocks": stacked("only")["only"]}, cast_and_scanned, ["blocks[0]", "blocks[1]", "blocks[2]"]),
-        ({"blocks": stacked("only")["only"]}, scanned_with_decay, ["blocks[0]", "blocks[1]", "blocks[2]"]),
-        ({"blocks": stacked("only")["only"]}, scanned_in_reverse, ["blocks[2]", "blocks[1]", "blocks[0]"]),
-        ({"w": stacked("only")["only"]["w"], "b": stacked("only")["only"]["b"]}, scanned_at_the_root, None),
+        (ONE, cast_and_scanned, ["blocks[0]", "blocks[1]", "blocks[2]"]),
+        (ONE, scanned_with_decay, ["blocks[0]", "blocks[1]", "blocks[2]"]),
+        (ONE, scanned_in_reverse, ["blocks[2]", "blocks[1]", "blocks[0]"]),
+        (ONE["blocks"], scanned_at_the_root, None),
+        (ONE, first_alone_then_scanned, None),
+        (TWO, scanned_twice, None),
+        (TWO, scanned_alone_first, None),
     ],
 )
 def test_scanned_layers_hold_each_parameter_once(params, loss, names):
@@ -363,10 +387,13 @@ def test_linen():
     assert jh.layer_names(params, loss, X) == ["Stem", "LayerNorm_0", "Dense_0"]
 
 
-def test_haiku_names_with_slashes():
-    params = {"mlp/~/linear_0": square(0), "mlp/~/linear_1": square(1)}
-    assert jh.layer_names(params) == ["mlp/~/linear_0", "mlp/~/linear_1"]
-    assert_equal(jh.subtree(params, "mlp/~/linear_1"), params["mlp/~/linear_1"])
+@pytest.mark.parametrize("names", [["mlp/~/linear_0", "mlp/~/linear_1"], ["fc[0]", "fc[1]"]])
+def test_names_with_slashes_or_brackets_of_their_own(names):
+    """As Haiku writes them, or a user."""
+    params = squares(*names)
+    assert jh.layer_names(params) == names
+    assert jh.layer_names(params, chain(*reversed(names)), X) == names[::-1]
+    assert_equal(jh.subtree(params, names[1]), params[names[1]])
 
 
 def test_a_module_that_owns_arrays_and_has_submodules():

@@ -10,6 +10,7 @@ import pytest
 from helpers import as_operator, problem
 
 import jaxhess as jh
+from jaxhess.trace import random_like, sampler
 
 DIM = 12
 DIAGONAL = np.linspace(-1, 3, DIM).astype(np.float32)
@@ -59,6 +60,28 @@ def test_prints_as_value_and_error():
     assert str(jh.Estimate(np.float64(12.3456), np.float64(0.0321), 64)) == "12.35 +- 0.032"
 
 
+# ---- probes ----
+
+
+@pytest.mark.parametrize("probe", ["rademacher", "gaussian"])
+def test_probes_have_mean_zero_and_unit_covariance(probe):
+    """Over all leaves together, more of them than a word has bits."""
+    like = {"a": jnp.zeros((5, 7)), "b": jnp.zeros(6)}
+    draws = jax.vmap(lambda key: random_like(key, like, sampler(probe)))(jax.random.split(jax.random.key(0), 20_000))
+    assert jax.tree.map(jnp.shape, draws) == {"a": (20_000, 5, 7), "b": (20_000, 6)}
+    flat = np.concatenate([draws["a"].reshape(20_000, -1), draws["b"]], 1).astype(np.float64)
+    np.testing.assert_allclose(flat.mean(0), 0, atol=0.04)
+    np.testing.assert_allclose(flat.T @ flat / 20_000, np.eye(41), atol=0.06)
+    assert (set(np.unique(flat)) == {-1.0, 1.0}) == (probe == "rademacher")
+
+
+@pytest.mark.parametrize("probe", ["rademacher", "gaussian"])
+@pytest.mark.parametrize(("dtype", "drawn"), [(jnp.float32, jnp.float32), (jnp.bfloat16, jnp.float32)])
+def test_probes_are_at_least_in_float32(probe, dtype, drawn):
+    draw = random_like(jax.random.key(0), {"a": jnp.zeros(3, dtype), "b": jnp.zeros((), dtype)}, sampler(probe))
+    assert {x.dtype for x in jax.tree.leaves(draw)} == {jnp.dtype(drawn)}
+
+
 # ---- calibration ----
 
 
@@ -103,7 +126,7 @@ def test_standard_errors_of_layer_traces_are_calibrated(name, curvature):
 
 
 def test_the_standard_error_of_the_total_counts_that_layers_share_probes():
-    """On LeNet the layers' estimates are correlated: the root of the sum of squares would be wrong."""
+    """Their estimates are correlated, so that the root of the sum of squares would be wrong."""
     p = problem("sequence")
     found = jh.layer_traces(
         p.objective, p.params, p.batch, key=jax.random.key(0), num_probes=512, curvature="ggn", chunk_size=64
