@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -114,11 +115,63 @@ def layer_distances(distances: Mapping[str, Mapping[str, Mapping[str, float]]], 
     return figure
 
 
+def over_epochs(panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], title: str) -> Figure:
+    """One panel a quantity, one line a setting: mean and standard deviation over trials, against epochs.
+
+    Args:
+      panels: {quantity: {setting: (trials, epochs)}}; with one value more the first is that before training.
+      title: what was run.
+
+    Returns:
+      The figure.
+    """
+    figure, axes = _panels(1, len(panels), title)
+    epochs = min(len(trials[0]) for lines in panels.values() for trials in lines.values())
+    for axis, (quantity, lines) in zip(axes, panels.items(), strict=True):
+        for (name, trials), color, dash in zip(lines.items(), COLORS, DASHES, strict=False):
+            _band(axis, trials, epochs, color=color, linestyle=dash, label=name)
+        axis.set_title(quantity, **_STYLE)
+    figure.supxlabel("epoch", **_STYLE)
+    axes[0].legend(fontsize=7, frameon=False)
+    return figure
+
+
+def accuracies(numbers: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], title: str) -> Figure:
+    """Accuracy over epochs: training solid, test dashed, a colour for each setting; mean and standard deviation.
+
+    Args:
+      numbers: {setting: {"train_accuracy": (trials, epochs), "test_error": (trials, epochs)}}; the first setting, the
+        reference, is black.
+      title: what was run.
+
+    Returns:
+      The figure.
+    """
+    figure, (axis,) = _panels(1, 1, title)
+    figure.set_size_inches(7.5, 4)
+    shades = colormaps["viridis"](np.linspace(0, 0.9, max(1, len(numbers) - 1)))
+    for (name, metrics), color in zip(numbers.items(), ["black", *shades], strict=True):
+        epochs = len(metrics["train_accuracy"][0])
+        _band(axis, metrics["train_accuracy"], epochs, color=color, label=name)
+        _band(axis, 1 - np.asarray(metrics["test_error"]), epochs, color=color, linestyle=DASHES[1])
+    axis.set_xlabel("epoch", **_STYLE)
+    axis.set_ylabel("accuracy (solid: training, dashed: test)", **_STYLE)
+    axis.legend(fontsize=7, frameon=False, ncols=2)
+    return figure
+
+
 def save(figure: Figure, path: pathlib.Path) -> None:
     """Writes a figure, whole or not at all."""
     FigureCanvasAgg(figure)
     with results.replacing(path) as temporary:
         figure.savefig(temporary, dpi=150)
+
+
+def _band(axis, trials, epochs, **style):
+    trials = np.asarray(trials)
+    x, mean, deviation = np.arange(epochs + 1)[-trials.shape[1] :], trials.mean(0), trials.std(0, ddof=len(trials) > 1)
+    axis.plot(x, mean, linewidth=1.2, **style)
+    axis.fill_between(x, mean - deviation, mean + deviation, color=style["color"], alpha=0.15, linewidth=0)
 
 
 def _panels(rows, columns, title):

@@ -26,6 +26,12 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
         temporary.unlink(missing_ok=True)
 
 
+def find(path: pathlib.Path) -> pathlib.Path | None:
+    """``path``, or a file of this name in a folder beside its own; None if there is neither."""
+    candidates = (path, *sorted(path.parent.parent.glob(f"*/{path.name}")))
+    return next((candidate for candidate in candidates if candidate.exists()), None)
+
+
 def save_json(path: pathlib.Path, value: Any) -> None:
     """Writes plain values as JSON."""
     with replacing(path) as temporary:

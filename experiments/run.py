@@ -63,7 +63,7 @@ def parse(words: Sequence[str], *kinds: type) -> tuple[Any, ...]:
 
     Args:
       words: such as "epochs=5", "redraw=true", "dataset=mnist,fashion_mnist".
-      *kinds: dataclasses with fields of types int, float, bool, str or tuple[one of these, ...].
+      *kinds: dataclasses; their fields of types int, float, bool, str or tuple[one of these, ...] are the keys.
 
     Returns:
       An instance of each of ``kinds``; its defaults where no word says otherwise.
@@ -71,7 +71,7 @@ def parse(words: Sequence[str], *kinds: type) -> tuple[Any, ...]:
     Raises:
       ValueError: for a word without "=", an unknown or repeated key (listing the keys), or a value of another type.
     """
-    types = [typing.get_type_hints(kind) for kind in kinds]
+    types = [_keys(kind) for kind in kinds]
     values = [{} for _ in kinds]
     for word in words:
         key, equals, text = word.partition("=")
@@ -84,6 +84,16 @@ def parse(words: Sequence[str], *kinds: type) -> tuple[Any, ...]:
             raise ValueError(f"key {key!r} is given twice")
         values[owners[0]][key] = _value(key, text, types[owners[0]][key])
     return tuple(kind(**chosen) for kind, chosen in zip(kinds, values, strict=True))
+
+
+def _keys(kind):
+    """{key: type} of the fields that a word can give."""
+
+    def plain(hint):
+        return typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else hint
+
+    hints = typing.get_type_hints(kind)
+    return {name: hint for name, hint in hints.items() if plain(hint) in (int, float, bool, str)}
 
 
 def _value(key, text, kind):
@@ -146,7 +156,10 @@ def _describe(name):
     module = load(name)
     print(inspect.getdoc(module))
     print("\nKeys, with their defaults:\n")
+    keys = _keys(module.Config) | _keys(Options)
     for field in (*dataclasses.fields(module.Config), *dataclasses.fields(Options)):
+        if field.name not in keys:
+            continue
         default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         print(f"  {field.name}={str(default).lower() if isinstance(default, bool) else default}")
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -16,13 +17,62 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.scipy.ndimage import map_coordinates
 from tqdm import tqdm
 
 import jaxhess as jh
-from experiments import data, models, results
+from experiments import checkpoints, data, models, results
 from experiments.data import Dataset, Split
 
 PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Penalty:
+    """The Hessian trace penalty of a training, of the loss in evaluation mode on the batch of the step.
+
+    Attributes:
+      gamma: its coefficient.
+      every: f_r, steps from one penalty to the next. They are counted over all steps from the start, where the
+        released code counts anew in each epoch; if ``every`` divides the steps of an epoch that is the same.
+      start_epoch: when it begins, as a share of all epochs (0.5) or as an epoch (10).
+      layers: "all" or "middle".
+      num_probes: probes of each penalty.
+      curvature: "hessian" or "ggn".
+      probe: "rademacher" or "gaussian".
+    """
+
+    gamma: float
+    every: int = 50
+    start_epoch: float = 0
+    layers: str = "all"
+    num_probes: int = 1
+    curvature: str = "ggn"
+    probe: str = "rademacher"
+
+    def transform(
+        self, model: nn.Module, config: TrainConfig, steps_per_epoch: int
+    ) -> optax.GradientTransformationExtraArgs:
+        """The transformation that adds it to the gradients of a net; ValueError for settings that make no sense."""
+        return jh.add_hessian_trace(
+            objective(model),
+            self.gamma,
+            key=_keys(config.seed)["penalty"],
+            every=self.every,
+            start=self._start(config, steps_per_epoch),
+            layers=self.layers,
+            num_probes=self.num_probes,
+            curvature=self.curvature,
+            probe=self.probe,
+        )
+
+    def due(self, step: int, config: TrainConfig, steps_per_epoch: int) -> bool:
+        """Whether the transformation acts on a step."""
+        since = step - self._start(config, steps_per_epoch)
+        return since >= 0 and since % self.every == 0
+
+    def _start(self, config, steps_per_epoch):
+        return round(_epochs(self.start_epoch, config.epochs) * steps_per_epoch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +87,10 @@ class TrainConfig:
       milestones: when the learning rate falls, as shares of all epochs (0.5) or as epochs (10).
       decay: factor by which it falls.
       weight_decay: coefficient of L2 regularisation, coupled as in SGD.
-      seed: of initialisation and order.
+      augment: whether images are flipped and rotated, see `augment`.
+      seed: of initialisation, order, augmentation and probes; each has random numbers of its own, so that trainings
+        with one seed and different penalties start from the same parameters and see the same images.
+      penalty: the Hessian trace penalty, if any.
     """
 
     epochs: int = 30
@@ -47,7 +100,9 @@ class TrainConfig:
     milestones: tuple[float, ...] = ()
     decay: float = 0.25
     weight_decay: float = 0.0
+    augment: bool = False
     seed: int = 0
+    penalty: Penalty | None = None
 
     def __post_init__(self):
         for name, low, words in (
@@ -61,7 +116,7 @@ class TrainConfig:
 
     def milestone_epochs(self) -> list[float]:
         """The milestones, all as epochs."""
-        return [point * self.epochs if point < 1 else point for point in self.milestones]
+        return [_epochs(point, self.epochs) for point in self.milestones]
 
 
 class TrainState(NamedTuple):
@@ -69,19 +124,31 @@ class TrainState(NamedTuple):
 
     step: jax.Array
     key: jax.Array
+    augment_key: jax.Array
     params: PyTree
     batch_stats: PyTree
     opt_state: PyTree
     totals: dict[str, jax.Array]  # sums over the steps of the running epoch
     history: dict[str, jax.Array]  # (epochs,) each; NaN where still to come
+    step_loss: jax.Array  # (all steps,) likewise
 
 
 class Trained(NamedTuple):
-    """A trained net: parameters, batch statistics ({} without batch norm), and {metric: (epochs,) float array}."""
+    """A trained net, and how it came about.
+
+    Attributes:
+      params: its parameters.
+      batch_stats: its batch statistics, {} without batch norm.
+      history: {metric: (epochs,) float array}.
+      step_loss: the loss of every step.
+      records: what the callback returned, {name: (1 + epochs,) float array}.
+    """
 
     params: PyTree
     batch_stats: PyTree
     history: dict[str, np.ndarray]
+    step_loss: np.ndarray
+    records: dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +201,8 @@ def train(
     config: TrainConfig,
     *,
     transform: optax.GradientTransformation | None = None,
-    callback: Callable[[int, PyTree, PyTree], None] | None = None,
+    callback: Callable[[int, PyTree, PyTree], Mapping[str, float] | None] | None = None,
+    checkpoint_dir: pathlib.Path | None = None,
     progress: bool = True,
 ) -> Trained:
     """Trains a net.
@@ -146,62 +214,109 @@ def train(
       model: a net of `experiments.models`.
       dataset: training data; its test split is evaluated after each epoch.
       config: the settings.
-      transform: a gradient transformation in front of the optimizer; its ``update`` is given ``batch=``, a dict of
-        "image" (normalised), "label" and "batch_stats", as `objective` takes it.
+      transform: a gradient transformation in front of the optimizer, behind the penalty; its ``update`` is given
+        ``batch=``, a dict of "image" (normalised), "label" and "batch_stats", as `objective` takes it.
       callback: ``callback(epoch, params, batch_stats)`` before the first epoch (0) and after each; the next step
-        overwrites these arrays, so copy what is to be kept.
+        overwrites these arrays, so copy what is to be kept. Named numbers that it returns are kept as records.
+      checkpoint_dir: where to keep the state behind each epoch (the last two), and from where to go on if it was kept
+        before: a run that was killed ends with bitwise the same numbers as one that was not. The callback is called
+        again for an epoch that was not kept.
       progress: whether to show a progress bar.
 
     Returns:
-      `Trained`, with the history of "train_loss", "train_accuracy", "test_loss" and "test_error" (shares of 1).
+      `Trained`, with the history of "train_loss", "train_accuracy", "test_loss" and "test_error" (shares of 1); with
+      a penalty also of "penalty", the last one of the epoch without gamma, and "skipped", those that were left out so
+      far because they were not finite.
 
     Raises:
-      ValueError: if the batch is larger than the training set, or the loss is no longer finite.
+      ValueError: if the batch is larger than the training set, the loss is no longer finite, or ``checkpoint_dir``
+        holds another training.
     """
     num_images = len(dataset.train["label"])
     steps = num_images // config.batch_size
     if steps == 0:
         raise ValueError(f"batch_size={config.batch_size} is more than the {num_images} training images; take fewer")
-    tx = optimizer(config, steps, transform)
-    step = _make_step(model, tx, config.batch_size, steps)
+    tx = _with_penalty(model, config, steps, transform)
+    if transform is None:
+        step = _shared_step(model, dataclasses.replace(config, seed=0), steps)
+    else:
+        step = _make_step(model, config, steps, transform)
     images, test = _on_device(dataset, dataset.train), _on_device(dataset, dataset.test)
-    state = init_state(model, tx, config, dataset)
+    state, done, records = init_state(model, tx, config, dataset), 0, {}
 
-    with tqdm(total=config.epochs * steps, unit="step", desc="training", disable=None if progress else True) as bar:
-        if callback is not None:
-            callback(0, state.params, state.batch_stats)
-        for epoch in range(config.epochs):
+    with contextlib.ExitStack() as stack:
+        kept = None
+        if checkpoint_dir is not None:
+            recipe = {"model": repr(model), "dataset": dataset.name, "images": num_images, **dataclasses.asdict(config)}
+            kept = checkpoints.Checkpoints(checkpoint_dir, json.loads(json.dumps(recipe)))
+            stack.callback(kept.close)
+            if restored := kept.latest(state):
+                done, state, records = restored
+        title = dict(unit="step", desc="training", disable=None if progress else True)
+        bar = stack.enter_context(tqdm(total=config.epochs * steps, initial=done * steps, **title))
+        if done == 0:
+            _record(records, callback, 0, state)
+        for epoch in range(done, config.epochs):
             order = jax.random.permutation(jax.random.fold_in(state.key, epoch), num_images)
-            for _ in range(steps):
-                state = step(state, images, order)
+            for i in range(steps):
+                state = step(epoch * steps + i, state, images, order)
                 bar.update()
             loss, error = _evaluate(model, state.params, state.batch_stats, test)
             state = _end_epoch(state, epoch, steps * config.batch_size, loss, error)
             record = {name: float(values[epoch]) for name, values in state.history.items()}
-            bar.set_postfix({name: f"{value:.4f}" for name, value in record.items()})
+            bar.set_postfix({name: f"{value:.4g}" for name, value in record.items()})
             if not np.isfinite(record["train_loss"]):
                 raise ValueError(
                     f"the training loss is {record['train_loss']} in epoch {epoch + 1}; lower "
-                    f"learning_rate={config.learning_rate}"
+                    f"learning_rate={config.learning_rate}{_or_gamma(config)}"
                 )
-            if callback is not None:
-                callback(epoch + 1, state.params, state.batch_stats)
-    return Trained(state.params, state.batch_stats, {k: np.asarray(v) for k, v in state.history.items()})
+            _record(records, callback, epoch + 1, state)
+            if kept is not None:
+                kept.save(epoch + 1, state, records)
+    history, records = ({k: np.asarray(v) for k, v in values.items()} for values in (state.history, records))
+    return Trained(state.params, state.batch_stats, history, np.asarray(state.step_loss), records)
+
+
+class Stepper:
+    """The steps of a training one after another, without evaluation, for timing."""
+
+    def __init__(self, model: nn.Module, dataset: Dataset, config: TrainConfig):
+        """Takes what `train` takes."""
+        steps = len(dataset.train["label"]) // config.batch_size
+        tx = _with_penalty(model, config, steps)
+        self._step, self._images = _make_step(model, config, steps), _on_device(dataset, dataset.train)
+        self._state, self._done = init_state(model, tx, config, dataset), 0
+        self._order = jax.random.permutation(self._state.key, len(dataset.train["label"]))
+
+    def advance(self, steps: int) -> PyTree:
+        """Goes on by so many steps, and returns the parameters."""
+        for _ in range(steps):
+            self._state = self._step(self._done, self._state, self._images, self._order)
+            self._done += 1
+        return self._state.params
 
 
 def train_once(
-    name: str, dataset: Dataset, config: TrainConfig, out_dir: pathlib.Path, *, progress: bool = True
+    name: str,
+    dataset: Dataset,
+    config: TrainConfig,
+    out_dir: pathlib.Path,
+    *,
+    callback: Callable | None = None,
+    progress: bool = True,
 ) -> tuple[nn.Module, Trained]:
     """Trains a net and keeps it, or takes one that was trained in just the same way before.
 
     Nets are kept in files whose names end in a hash of all the settings of their training, and looked for in
-    ``out_dir`` and in the folders beside it, where other experiments leave theirs.
+    ``out_dir`` and in the folders beside it, where other experiments leave theirs. A training that was interrupted
+    goes on where it was; its checkpoints are deleted when the net is in its file.
 
     Args:
       name: of the net, as for `experiments.models.build`.
       dataset: as for `train`.
       config: the settings; fields that a subclass adds to those of `TrainConfig` play no part in training.
       out_dir: folder of the results.
+      callback: as for `train`; its ``repr`` is one of the settings, so a dataclass that shows all that matters.
       progress: whether to show a progress bar.
 
     Returns:
@@ -211,35 +326,55 @@ def train_once(
       ValueError: as `train` and `experiments.models.build`, or for a damaged file.
     """
     model = models.build(name, dataset.num_classes)
+    recipe, path = _kept_as(name, dataset, config, out_dir, callback)
+    folder = path.with_suffix(".checkpoints")
+    if kept := results.find(path):
+        checkpoints.remove(folder)
+        tree = unflatten_dict(results.load_arrays(kept), sep="/")
+        parts = (
+            tree[part] if part in ("params", "history", "step_loss") else tree.get(part, {}) for part in Trained._fields
+        )
+        return model, Trained(*parts)
+    trained = train(model, dataset, config, callback=callback, checkpoint_dir=folder, progress=progress)
+    results.save_arrays(path, flatten_dict(trained._asdict(), sep="/") | {"recipe": recipe})
+    checkpoints.remove(folder)
+    return model, trained
+
+
+def net_path(name: str, dataset: Dataset, config: TrainConfig, out_dir: pathlib.Path) -> pathlib.Path:
+    """The file in which `train_once` keeps a net."""
+    return _kept_as(name, dataset, config, out_dir)[1]
+
+
+def _kept_as(name, dataset, config, out_dir, callback=None):
     settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)}
+    if config.penalty is not None:
+        settings["penalty"] = dataclasses.asdict(config.penalty)
+    if callback is not None:
+        settings["callback"] = repr(callback)
     about = {"classes": dataset.num_classes, "images": len(dataset.train["label"])}  # tells samples and labels apart
     recipe = json.dumps({"model": name, "dataset": dataset.name, **about, **settings}, sort_keys=True)
     digest = hashlib.sha256(recipe.encode()).hexdigest()[:8]
-    path = out_dir / f"net-{name}-{dataset.name.replace('/', '-')}-{digest}.npz"
-    for kept in (path, *sorted(out_dir.parent.glob(f"*/{path.name}"))):
-        if kept.exists():
-            tree = unflatten_dict(results.load_arrays(kept), sep="/")
-            return model, Trained(tree["params"], tree.get("batch_stats", {}), tree["history"])
-    trained = train(model, dataset, config, progress=progress)
-    results.save_arrays(path, flatten_dict(trained._asdict(), sep="/") | {"recipe": recipe})
-    return model, trained
+    return recipe, out_dir / f"net-{name}-{dataset.name.replace('/', '-')}-{digest}.npz"
 
 
 def init_state(model: nn.Module, tx: optax.GradientTransformation, config: TrainConfig, dataset: Dataset) -> TrainState:
     """The state before the first step."""
-    init_key, order_key = jax.random.split(jax.random.key(config.seed))
-    variables = jax.jit(model.init)(init_key, dataset.batch({k: v[:1] for k, v in dataset.train.items()})["image"])
+    keys, steps = _keys(config.seed), len(dataset.train["label"]) // config.batch_size
+    variables = jax.jit(model.init)(keys["init"], dataset.batch({k: v[:1] for k, v in dataset.train.items()})["image"])
+    opt_state, metrics = tx.init(variables["params"]), ["train_loss", "train_accuracy", "test_loss", "test_error"]
+    if _penalty_state(opt_state) is not None:
+        metrics += ["penalty", "skipped"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        key=order_key,
+        key=keys["order"],
+        augment_key=keys["augment"],
         params=variables["params"],
         batch_stats=variables.get("batch_stats", {}),
-        opt_state=tx.init(variables["params"]),
+        opt_state=opt_state,
         totals={name: jnp.zeros(()) for name in ("loss", "correct")},
-        history={
-            name: jnp.full(config.epochs, jnp.nan)
-            for name in ("train_loss", "train_accuracy", "test_loss", "test_error")
-        },
+        history={name: jnp.full(config.epochs, jnp.nan) for name in metrics},
+        step_loss=jnp.full(config.epochs * steps, jnp.nan),
     )
 
 
@@ -261,6 +396,38 @@ def evaluate(
     return tuple(float(value) for value in _evaluate(model, params, batch_stats, _on_device(dataset, split)))
 
 
+@jax.jit
+def augment(key: jax.Array, images: jax.Array) -> jax.Array:
+    """Every image flipped left to right or not, and rotated by up to 15 degrees, both at random.
+
+    Between pixels it is interpolated linearly; what comes in from outside continues the border.
+
+    Args:
+      key: a JAX random key.
+      images: (N, H, W, C).
+
+    Returns:
+      Images of the same shape and type, within the range of each.
+    """
+    number, height, width, _ = images.shape
+    flip_key, angle_key = jax.random.split(key)
+    sides = jax.random.rademacher(flip_key, (number,), jnp.float32)
+    angles = jax.random.uniform(angle_key, (number,), minval=-jnp.pi / 12, maxval=jnp.pi / 12)
+    middle = ((height - 1) / 2, (width - 1) / 2)
+    y, x = jnp.meshgrid(jnp.arange(height) - middle[0], jnp.arange(width) - middle[1], indexing="ij")
+
+    def turn(image, side, angle):
+        rows = jnp.cos(angle) * y - jnp.sin(angle) * x + middle[0]
+        columns = side * (jnp.sin(angle) * y + jnp.cos(angle) * x) + middle[1]
+
+        def channel(values):
+            return map_coordinates(values, (rows, columns), order=1, mode="nearest")
+
+        return jax.vmap(channel, in_axes=-1, out_axes=-1)(image)
+
+    return jax.vmap(turn)(images, sides, angles)
+
+
 class _Images(NamedTuple):
     """A split on the device, and what normalises it."""
 
@@ -277,14 +444,84 @@ def _on_device(dataset, split):
     return jax.device_put(_Images(split, dataset.mean, dataset.std))
 
 
-def _make_step(model, tx, batch_size, steps_per_epoch):
-    """``step(state, images, order) -> state``, compiled; the state is overwritten."""
+def _epochs(point, epochs):
+    """A moment given as a share of all epochs (below 1) or as an epoch, as an epoch."""
+    return point * epochs if point < 1 else point
+
+
+def _keys(seed):
+    names = ("init", "order", "augment", "penalty")
+    return dict(zip(names, jax.random.split(jax.random.key(seed), len(names)), strict=True))
+
+
+def _record(records, callback, epoch, state):
+    found = callback(epoch, state.params, state.batch_stats) if callback is not None else None
+    for name, value in (found or {}).items():
+        records.setdefault(name, []).append(float(value))
+
+
+def _or_gamma(config):
+    return "" if config.penalty is None else f" or gamma={config.penalty.gamma}"
+
+
+def _penalty_state(opt_state):
+    """The state of the first `jaxhess.add_hessian_trace` in an optimizer's; None without."""
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, jh.HessianTraceState))
+    return next((node for node in nodes if isinstance(node, jh.HessianTraceState)), None)
+
+
+def _with_penalty(model, config, steps, transform=None, due=None):
+    """The optimizer, its penalty included; with ``due`` for steps on which that acts, or for those on which not."""
+    if config.penalty is not None:
+        penalty = config.penalty.transform(model, config, steps)
+        if due:
+            always = dataclasses.replace(config.penalty, every=1, start_epoch=0)
+            penalty = always.transform(model, config, steps)
+        elif due is not None:
+            penalty = optax.GradientTransformationExtraArgs(penalty.init, _count_only)
+        transform = penalty if transform is None else optax.chain(penalty, transform)
+    return optimizer(config, steps, transform)
+
+
+@lru_cache(maxsize=16)
+def _shared_step(model, config, steps):
+    """The step, which does not depend on the seed: all keys are in the state, so several trials compile it once."""
+    return _make_step(model, config, steps)
+
+
+def _count_only(updates, state, params=None, **extra):
+    """An update of `jaxhess.add_hessian_trace` on a step without penalty."""
+    return updates, state._replace(count=state.count + 1)
+
+
+def _make_step(model, config, steps, transform=None):
+    """``step(number, state, images, order) -> state``; the state is overwritten.
+
+    The steps with and without the penalty are two programs, and the host chooses: inside ``lax.cond`` a CPU takes
+    many times as long for convolutions.
+    """
+    programs = {
+        due: _compile_step(model, _with_penalty(model, config, steps, transform, due), config, steps)
+        for due in ((False, True) if config.penalty is not None else (False,))
+    }
+
+    def step(number, *arguments):
+        due = config.penalty is not None and config.penalty.due(number, config, steps)
+        return programs[due](*arguments)
+
+    return step
+
+
+def _compile_step(model, tx, config, steps_per_epoch):
+    batch_size = config.batch_size
 
     @partial(jax.jit, donate_argnums=0)
     def step(state, images, order):
         start = (state.step % steps_per_epoch) * batch_size
         batch = images.take(jax.lax.dynamic_slice_in_dim(order, start, batch_size))
         batch["batch_stats"] = state.batch_stats
+        if config.augment:
+            batch["image"] = augment(jax.random.fold_in(state.augment_key, state.step), batch["image"])
 
         def loss_fn(params):
             variables = {"params": params, "batch_stats": state.batch_stats}
@@ -303,6 +540,7 @@ def _make_step(model, tx, batch_size, steps_per_epoch):
                 "loss": state.totals["loss"] + loss * batch_size,
                 "correct": state.totals["correct"] + correct,
             },
+            step_loss=state.step_loss.at[state.step].set(loss),
         )
 
     return step
@@ -317,6 +555,8 @@ def _end_epoch(state, epoch, num_images, test_loss, test_error):
         "test_loss": test_loss,
         "test_error": test_error,
     }
+    if (penalty := _penalty_state(state.opt_state)) is not None:
+        record |= {"penalty": penalty.penalty, "skipped": penalty.skipped.astype(jnp.float32)}
     history = {name: values.at[epoch].set(record[name]) for name, values in state.history.items()}
     return state._replace(totals=jax.tree.map(jnp.zeros_like, state.totals), history=history)
 

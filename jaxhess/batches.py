@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -53,9 +53,11 @@ class Batches:
     size: Callable[[PyTree], int] = leading_axis
 
     def __post_init__(self):
-        if not isinstance(self.batches, Iterable):
-            raise TypeError(f"Batches takes an iterable of batches, got {type(self.batches).__name__}")
-        if iter(self.batches) is self.batches:
+        if not isinstance(self.batches, Iterable) or isinstance(self.batches, (Mapping, str)):
+            raise TypeError(
+                f"Batches takes several batches, got {type(self.batches).__name__}; for one batch: Batches([batch])"
+            )
+        if isinstance(self.batches, Iterator):
             raise TypeError(
                 f"Batches reads its batches once for each product, and a {type(self.batches).__name__} can be read "
                 f"only once; give a list, or an object whose __iter__ starts anew"

@@ -144,8 +144,8 @@ def count_outliers(spec_or_values: Spectrum | np.ndarray, *, method: str = "gap"
         return _profile_split(np.log(values[:count])) if count >= 3 else 0
     if count == 0 or len(values) < 2:
         return 0
-    following = np.maximum(np.append(values[1:], values[-1])[:count], np.finfo(float).tiny)
-    ratios = values[:count] / following
+    following = np.append(values[1:], values[-1])[:count]
+    ratios = values[:count] / np.maximum(following, 1e-30 * values[0])
     best = int(np.argmax(ratios))
     return best + 1 if ratios[best] >= 1.5 else 0
 

@@ -103,7 +103,8 @@ def lanczos(
         raise ValueError("a restart needs the basis to be orthogonal to; use reorthogonalize=True")
     num_steps = min(num_steps, dimension(start))
     operator = as_partial(operator)
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((operator, start, restart_key))):
+    norm = tree_norm(start)
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((operator, norm, restart_key))):
         if runs_on_host(operator):
             raise TypeError("an operator over Batches loops on the host and cannot run under jit; call it outside")
 
@@ -115,7 +116,6 @@ def lanczos(
         state, basis = jax.lax.fori_loop(0, num_steps, body, _begin(start, num_steps, reorthogonalize))
         return Tridiagonal(state.alphas, state.betas, state.num_valid, basis)
 
-    norm = float(tree_norm(start))
     if not (np.isfinite(norm) and norm > 0):
         raise ValueError(f"Lanczos needs a start vector that is finite and not zero, got norm {norm}")
     state, basis = _begin(start, num_steps, reorthogonalize)
@@ -139,8 +139,8 @@ def ritz(alphas: ArrayLike, betas: ArrayLike) -> tuple[np.ndarray, np.ndarray, n
     """Eigenvalues of T, ascending, its eigenvectors in columns, and the residual norms of the Ritz pairs.
 
     The residual of A y - theta y is |beta_m s_m|, with s_m the last entry of the eigenvector: some eigenvalue of A
-    lies within it of the Ritz value theta. To it is added what rounding in the products leaves open at the least,
-    eps * max |theta| in the precision of ``alphas``. In float64, on the host.
+    lies within it of the Ritz value theta. To it are added 30 eps * max |theta| in the precision of
+    ``alphas``, for the rounding of the products. In float64, on the host.
 
     Args:
       alphas, betas: (m,) as in `Tridiagonal`.
@@ -151,7 +151,7 @@ def ritz(alphas: ArrayLike, betas: ArrayLike) -> tuple[np.ndarray, np.ndarray, n
     eps = np.finfo(np.asarray(alphas).dtype).eps
     alphas, betas = np.asarray(alphas, np.float64), np.asarray(betas, np.float64)
     values, vectors = scipy.linalg.eigh_tridiagonal(alphas, betas[:-1])
-    return values, vectors, np.abs(betas[-1] * vectors[-1]) + eps * np.abs(values).max()
+    return values, vectors, np.abs(betas[-1] * vectors[-1]) + 30 * eps * np.abs(values).max()
 
 
 def top_eigenpairs(

@@ -67,7 +67,7 @@ def layer_names(params: PyTree, loss: Callable | None = None, batch: PyTree = No
       A list of names, each one owner of arrays.
 
     Raises:
-      ValueError: if the tree holds no arrays, or only one of ``loss`` and ``batch`` is given.
+      ValueError: if the tree holds no arrays, two modules have one name, or a ``batch`` is given without ``loss``.
 
     Example:
       >>> import jax.numpy as jnp, jaxhess as jh
@@ -83,8 +83,7 @@ def layer_names(params: PyTree, loss: Callable | None = None, batch: PyTree = No
     if loss is None:
         raise ValueError("network order needs the loss too: layer_names(params, loss, batch)")
     used = _first_uses(loss, params, first_batch(batch))
-    whole = {_unsliced(name) for name in used}
-    return used + [name for name in natural if name not in whole]
+    return list(used) + [name for name in natural if name not in used.values()]
 
 
 def middle_layers(names: Sequence[str]) -> list[str]:
@@ -179,7 +178,10 @@ def _modules(params):
     modules = {}
     for i, (path, _) in enumerate(tree_util.tree_leaves_with_path(params)):
         owner = _owner(path)
-        modules.setdefault(_name(owner), (owner, []))[1].append(i)
+        found = modules.setdefault(_name(owner), (owner, []))
+        if found[0] != owner:
+            raise ValueError(f"two modules have the same name {_name(owner)!r}; rename one (keys with '/' may clash)")
+        found[1].append(i)
     return {name: (owner, tuple(leaves)) for name, (owner, leaves) in modules.items()}
 
 
@@ -211,29 +213,30 @@ class _Scanned(NamedTuple):
 
 
 def _first_uses(loss, params, batch):
+    """{name: name of its module} in order of first use; the two differ for slices of scanned layers."""
     closed = jax.make_jaxpr(loss)(params, batch)
-    count = len(tree_util.tree_leaves(params))
+    leaves = tree_util.tree_leaves_with_path(params)
+    count = len(leaves)
     tags = [_Tag(frozenset([i])) if i < count else _Tag(data=True) for i in range(len(closed.jaxpr.invars))]
-    uses: dict = {}  # an ordered set of (leaf, scan length or None)
+    uses: dict = {}  # an ordered set of leaves, and of (leaf, slice, its siblings in the scan, length of the scan)
     _walk(closed.jaxpr, tags, uses)
 
-    paths = [_owner(path) for path, _ in tree_util.tree_leaves_with_path(params)]
+    owners = [_owner(path) for path, _ in leaves]
+    siblings: dict = {}  # of each owner, in the first scan over the whole of its arrays
+    for use in uses:
+        if not isinstance(use, int) and jnp.shape(leaves[use[0]][1])[:1] == (use[3],):
+            siblings.setdefault(owners[use[0]], use[2])
     names: dict = {}
     for use in uses:
-        if isinstance(use, int):
-            names[_name(paths[use])] = None
-        else:
-            (leaf, index, siblings) = use
-            module = _common_prefix([paths[i] for i in siblings]) or paths[leaf]
-            rest = paths[leaf][len(module) :]
-            names["/".join([f"{_name(module)}[{index}]", *([_name(rest)] if rest else [])])] = None
-    # Of an array that is scanned over and used whole as well (in a weight penalty, say) the slices are the layers.
-    sliced = {_unsliced(name) for name in names if name != _unsliced(name)}
-    return [name for name in names if name not in sliced]
-
-
-def _unsliced(name):
-    return re.sub(r"\[\d+\]", "", name)
+        leaf, index = (use, None) if isinstance(use, int) else use[:2]
+        owner = owners[leaf]
+        if owner not in siblings:
+            names[_name(owner)] = _name(owner)
+        elif index is not None:  # used whole as well (in a weight penalty, say), it is the slices that are layers
+            module = _common_prefix([owners[i] for i in siblings[owner]]) or owner
+            rest = [_name(owner[len(module) :])] if owner != module else []
+            names["/".join([f"{_name(module)}[{index}]", *rest])] = _name(owner)
+    return names
 
 
 def _common_prefix(paths):
@@ -300,7 +303,7 @@ def _walk_scan(eqn, ins, uses):
     scanned = tuple(use.leaf for use in inner if isinstance(use, _Scanned))
     uses.update(dict.fromkeys(use for use in inner if not isinstance(use, _Scanned)))
     slices = reversed(range(length)) if eqn.params["reverse"] else range(length)
-    uses.update(dict.fromkeys((leaf, i, scanned) for i in slices for leaf in scanned))
+    uses.update(dict.fromkeys((leaf, i, scanned, length) for i in slices for leaf in scanned))
     return [
         tag._replace(params=frozenset(use.leaf if isinstance(use, _Scanned) else use for use in tag.params))
         for tag in outs

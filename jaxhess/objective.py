@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -92,14 +93,14 @@ class CrossEntropy(_Labelled):
 
     def __call__(self, outputs: jax.Array, batch: PyTree) -> jax.Array:
         """The mean cross-entropy, a scalar."""
-        outputs, labels = self._poisoned(outputs, batch)
-        return optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean()
-
-    def _poisoned(self, outputs, batch):
-        """Outputs and labels, the outputs NaN (and so every derivative) in rows whose label is out of range."""
         labels = self._checked(outputs, batch)
-        inside = (labels >= 0) & (labels < outputs.shape[-1])
-        return outputs * jnp.where(inside, 1, jnp.nan)[..., None].astype(outputs.dtype), jnp.where(inside, labels, 0)
+        losses = optax.softmax_cross_entropy_with_integer_labels(outputs, jnp.maximum(labels, 0))
+        return (losses * self._poison(outputs, labels)).mean()
+
+    @staticmethod
+    def _poison(outputs, labels):
+        """One, and NaN in rows whose label is out of range: as a factor it reaches every derivative."""
+        return jnp.where((labels >= 0) & (labels < outputs.shape[-1]), 1, jnp.nan).astype(outputs.dtype)
 
     def _checked(self, outputs, batch):
         labels = self._read(batch)
@@ -110,30 +111,34 @@ class CrossEntropy(_Labelled):
                 f"labels of shape {labels.shape} do not fit outputs of shape {outputs.shape}: "
                 f"one label for each row, {outputs.shape[:-1]}, is needed"
             )
-        return labels
+        return labels.astype(jnp.int32)  # in a narrow type the number of classes itself might not fit
 
     def check(self, outputs: jax.ShapeDtypeStruct, batch: PyTree) -> None:
         """Raises ValueError for labels outside 0..C-1, where their values are known (not under ``jit``)."""
         labels = self._checked(outputs, batch)
-        if isinstance(labels, jax.core.Tracer) or labels.size == 0:
+        if isinstance(self.labels(batch), jax.core.Tracer) or labels.size == 0:
             return
         # In numpy, so that known labels can be read inside the tracing of something else too.
-        low, high, classes = int(np.min(labels)), int(np.max(labels)), outputs.shape[-1]
+        labels = np.asarray(self.labels(batch))
+        low, high, classes = int(labels.min()), int(labels.max()), outputs.shape[-1]
         if low < 0 or high >= classes:
             raise ValueError(f"labels run from {low} to {high}, outside 0..{classes - 1} for {classes} outputs")
 
     def hessian_product(self, outputs: jax.Array, batch: PyTree, tangent: jax.Array) -> jax.Array:
         """S t, with the 1/N of the mean in S; ``tangent`` like ``outputs``."""
-        p = jax.nn.softmax(self._poisoned(outputs, batch)[0])
-        pt = p * tangent
-        return (pt - p * pt.sum(-1, keepdims=True)) / _rows(outputs)
+        p = jax.nn.softmax(outputs)
+        # S is blind to shifts of t: one that is zero where p is largest loses no digits as p saturates.
+        tangent = tangent - jnp.take_along_axis(tangent, outputs.argmax(-1, keepdims=True), -1)
+        product = p * (tangent - (p * tangent).sum(-1, keepdims=True))
+        return product * (self._poison(outputs, self._checked(outputs, batch)) / _rows(outputs))[..., None]
 
     def factor_product(self, outputs: jax.Array, batch: PyTree, noise: jax.Array) -> jax.Array:
         """B e with B B' = S, the 1/N of the mean included; ``noise`` like ``outputs``."""
         # exp(log_softmax / 2), for the derivative of sqrt(softmax) is NaN where a probability underflows.
-        root = jnp.exp(jax.nn.log_softmax(self._poisoned(outputs, batch)[0]) / 2)
+        root = jnp.exp(jax.nn.log_softmax(outputs) / 2)
         scaled = root * noise
-        return (scaled - root**2 * scaled.sum(-1, keepdims=True)) / _rows(outputs) ** 0.5
+        product = scaled - root**2 * scaled.sum(-1, keepdims=True)
+        return product * (self._poison(outputs, self._checked(outputs, batch)) / _rows(outputs) ** 0.5)[..., None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +146,8 @@ class SquaredError(_Labelled):
     """Squared error: the mean over all rows of sum_c (outputs_c - label_c)^2. Its Hessian is 2 I in one row.
 
     Args:
-      labels: ``labels(batch) -> float array`` of the outputs' shape; by default ``batch["label"]``.
+      labels: ``labels(batch) -> float array`` of the outputs' shape; by default ``batch["label"]``. Outputs of shape
+        (N,) are N rows of one output.
 
     Example:
       >>> import jax.numpy as jnp, jaxhess as jh
@@ -153,7 +159,11 @@ class SquaredError(_Labelled):
 
     def __call__(self, outputs: jax.Array, batch: PyTree) -> jax.Array:
         """The mean squared error, a scalar."""
-        return jnp.sum((outputs - self._checked(outputs, batch)) ** 2) / _rows(outputs)
+        return jnp.sum((outputs - self._checked(outputs, batch)) ** 2) / self._rows(outputs)
+
+    @staticmethod
+    def _rows(outputs):
+        return len(outputs) if outputs.ndim == 1 else _rows(outputs)
 
     def _checked(self, outputs, batch):
         labels = self._read(batch)
@@ -170,11 +180,11 @@ class SquaredError(_Labelled):
 
     def hessian_product(self, outputs: jax.Array, batch: PyTree, tangent: jax.Array) -> jax.Array:
         """S t, with the 1/N of the mean in S; ``tangent`` like ``outputs``."""
-        return tangent * (2 / _rows(outputs))
+        return tangent * (2 / self._rows(outputs))
 
     def factor_product(self, outputs: jax.Array, batch: PyTree, noise: jax.Array) -> jax.Array:
         """B e with B B' = S, the 1/N of the mean included; ``noise`` like ``outputs``."""
-        return noise * (2 / _rows(outputs)) ** 0.5
+        return noise * (2 / self._rows(outputs)) ** 0.5
 
 
 cross_entropy = CrossEntropy()
@@ -204,22 +214,34 @@ def output_factor_product(criterion, outputs, batch, noise):
     return jnp.where((faults[0] | faults[1]), jnp.nan, product)
 
 
+class NoFactorError(ValueError):
+    """A criterion's Hessian in the outputs has no factor B with B B' = S."""
+
+
 def check_factor(criterion, outputs, batch):
-    """Raises ValueError for a criterion without a factor; outputs and batch are concrete arrays."""
+    """Raises NoFactorError for a criterion without a factor, at these outputs; says nothing under ``jit``."""
     if hasattr(criterion, "factor_product"):
         return
-    _, (coupled, concave) = _output_blocks(criterion, outputs, batch)
+    with jax.default_matmul_precision("float32"):
+        coupled, concave = _faults(criterion, outputs, batch)
+    if isinstance(coupled, jax.core.Tracer):
+        return
     name = getattr(criterion, "__name__", repr(criterion))
     if bool(coupled):
-        raise ValueError(
+        raise NoFactorError(
             f"the criterion {name} couples the outputs of different rows, so its Hessian has no C x C blocks to "
             f"factor; use curvature='hessian', or a criterion that is a mean over rows"
         )
     if bool(concave):
-        raise ValueError(
+        raise NoFactorError(
             f"the criterion {name} is not convex in the outputs here, so its Hessian has no real factor; "
             f"use curvature='hessian', or the ggn operator, which needs no factor"
         )
+
+
+@partial(jax.jit, static_argnums=0)
+def _faults(criterion, outputs, batch):
+    return _output_blocks(criterion, outputs, batch)[1]
 
 
 def _output_blocks(criterion, outputs, batch):
@@ -235,7 +257,8 @@ def _output_blocks(criterion, outputs, batch):
     # Blocks read off with one direction in all rows are S only if no row feels another one's direction: tried with a
     # direction without any pattern.
     signs = jnp.sign(jnp.sin(1.0 + jnp.arange(outputs.size) ** 2)).reshape(outputs.shape).astype(outputs.dtype)
-    scale = jnp.max(jnp.abs(blocks))
+    # On a net that is trained to the end S vanishes, and the rounding of its derivation (of order 1/rows) does not.
+    scale = jnp.maximum(jnp.max(jnp.abs(blocks)), 1 / _rows(outputs))
     tolerance = 100 * jnp.finfo(outputs.dtype).eps * scale
     coupled = jnp.any(jnp.abs(product(signs) - jnp.einsum("...ij,...j->...i", blocks, signs)) > 10 * tolerance)
     concave = jnp.any(jnp.linalg.eigvalsh(blocks) < -tolerance)

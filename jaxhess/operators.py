@@ -41,7 +41,7 @@ def hessian(
 
     Returns:
       A function of v, a pytree like ``params`` (or like ``subtree(params, layer)``), that returns A v of the same
-      structure and dtypes. Parameters that the loss does not use get zeros.
+      structure, at least in float32. Parameters that the loss does not use get zeros.
 
     Raises:
       TypeError: for parameters that are not floating-point, or a loss that does not return a scalar.
@@ -233,9 +233,15 @@ def _apply(product, params, batch, v):
 
 def _match(v, point):
     """v with the dtypes of the point; ValueError where its structure or shapes differ."""
-    structures = jax.tree.structure(v), jax.tree.structure(point)
-    if structures[0] != structures[1]:
-        raise ValueError(f"v does not match the parameters: its structure is {structures[0]}, theirs {structures[1]}")
+    if jax.tree.structure(v) != jax.tree.structure(point):
+        mine, theirs = (
+            [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(t)] for t in (v, point)
+        )
+        differ = sorted(set(mine) ^ set(theirs))[:4] or "in their containers"
+        raise ValueError(
+            f"v does not match the parameters: the structures differ at {differ}; v must be a pytree like params, "
+            f"or like subtree(params, layer) for one layer"
+        )
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(v), jax.tree.leaves(point), strict=True):
         if jnp.shape(a) != jnp.shape(b):
             at = jax.tree_util.keystr(path)
@@ -261,8 +267,7 @@ class _OverBatches:
             total += size
             mean = _accumulate(self.product, stacked, params, batch, v, mean, size / total)
         if not all(_finite(jax.tree.leaves(mean))):
-            for batch in self.batches:  # only the first batch was looked at before: say so if a label is to blame
-                _check_values(self.product.loss, params, batch)
+            check_batches(self.product.loss, params, self.batches)
         return mean
 
 
@@ -313,6 +318,12 @@ def prepare(kind: str, loss: Any, params: PyTree, batch: PyTree, has_aux: bool =
     return loss, params
 
 
+def check_batches(loss: Any, params: PyTree, batches: Batches) -> None:
+    """Looks for what is wrong in batches beyond the first, after a result that is not finite."""
+    for batch in batches:
+        _check_values(loss, params, batch)
+
+
 def _check_values(loss, params, batch):
     """What an objective's halves say of a batch: shapes, and labels where their values are known."""
     if isinstance(loss, Objective):
@@ -330,7 +341,10 @@ class _First:
     function: Callable
 
     def __call__(self, *args):
-        return self.function(*args)[0]
+        result = self.function(*args)
+        if not isinstance(result, tuple):
+            raise TypeError(f"has_aux=True takes a function that returns (value, aux), got {type(result).__name__}")
+        return result[0]
 
 
 def _describe(thing):

@@ -224,10 +224,10 @@ def spectrum(
         found = lanczos(operator, start, dim, restart_key=jax.random.fold_in(key, 1), progress=progress)
         values, _, residuals = ritz(found.alphas, found.betas)
         return Spectrum(values, np.full(dim, 1 / dim), dim, num_steps, residuals)
-    draws = []
+    steps, draws = min(num_steps, dim), []
     for draw in range(num_draws):
         start = random_like(jax.random.fold_in(key, draw), like)
-        report = None if progress is None else partial(_report, progress, draw * num_steps, num_draws * num_steps)
+        report = None if progress is None else partial(_report, progress, draw * steps, num_draws * steps)
         found = lanczos(operator, start, num_steps, reorthogonalize=reorthogonalize, progress=report)
         values, vectors, residuals = ritz(found.alphas, found.betas)
         draws.append((values, vectors[0] ** 2 / num_draws, residuals))

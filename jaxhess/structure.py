@@ -15,6 +15,7 @@ from jaxhess.batches import Batches
 from jaxhess.layers import Layer, find_layers, layer_names
 from jaxhess.objective import Objective, check_factor, output_factor_product
 from jaxhess.operators import prepare
+from jaxhess.trace import random_like
 
 PyTree = Any
 
@@ -63,8 +64,8 @@ def ggn_eigenvalues(
     """
     loss, params = prepare("ggn", objective, params, batch, has_aux)
     layers = find_layers(params, layer_names(params) if layer is None else [layer])
-    values = gram_eigenvalues(loss, params, batch, layers, max_bytes=max_bytes, progress=progress)
-    return values["total" if layer is None else layer]
+    values = gram_eigenvalues(loss, params, batch, layers, max_bytes=max_bytes, progress=progress, only_total=True)
+    return values["total"]
 
 
 def gram_eigenvalues(
@@ -75,8 +76,9 @@ def gram_eigenvalues(
     *,
     max_bytes: int = 2**30,
     progress: Callable[[int, int], None] | None = None,
+    only_total: bool = False,
 ) -> dict[str, np.ndarray]:
-    """The non-zero eigenvalues of G_l for each layer, and of their sum as "total"; see `ggn_eigenvalues`."""
+    """The non-zero eigenvalues of each layer's G_l (if wanted) and of their sum, "total"; see `ggn_eigenvalues`."""
     if isinstance(batch, Batches):
         raise TypeError(
             "the Gram matrix pairs every example with every other and takes one batch, not Batches; "
@@ -84,6 +86,8 @@ def gram_eigenvalues(
         )
     layers = tuple(layers)
     outputs = _predict(loss, params, batch)
+    if not bool(jnp.isfinite(outputs).all()):
+        raise ValueError("the outputs of predict are not finite; look for NaN or overflow in the batch or the network")
     check_factor(loss.criterion, outputs, batch)
     split = _independent(loss, params, batch, outputs)
     count = len(outputs) if split else outputs.size
@@ -92,7 +96,8 @@ def gram_eigenvalues(
     block = min(count, max(1, max_bytes // (2 * widest * rows_each)))
     starts = range(0, count, block)
 
-    grams = {layer.name: np.zeros((outputs.size, outputs.size)) for layer in layers}
+    total = np.zeros((outputs.size, outputs.size))
+    grams = {} if only_total else {layer.name: np.zeros_like(total) for layer in layers}
     pairs = [(a, b) for a in starts for b in starts if a <= b]
     for done, (a, b) in enumerate(pairs, 1):
         # One shape for all blocks; what is too many at the end is cut off again.
@@ -101,34 +106,56 @@ def gram_eigenvalues(
         rows, columns = (slice(s * rows_each, min(s + block, count) * rows_each) for s in (a, b))
         for layer, tile in zip(layers, tiles, strict=True):
             tile = np.asarray(tile, np.float64)[: rows.stop - rows.start, : columns.stop - columns.start]
-            grams[layer.name][rows, columns] = tile
-            grams[layer.name][columns, rows] = tile.T
+            for gram in (total, grams[layer.name]) if layer.name in grams else (total,):
+                gram[rows, columns] += tile
+                if a != b:
+                    gram[columns, rows] += tile.T
         if progress is not None:
             progress(done, len(pairs))
-    grams["total"] = np.sum(list(grams.values()), axis=0)
-    return {name: _nonzero(gram, outputs.dtype) for name, gram in grams.items()}
+    grams["total"] = total
+    # Rounding is that of the coarsest type on the way.
+    eps = max(float(jnp.finfo(jnp.result_type(x)).eps) for x in (outputs, *jax.tree.leaves(params)))
+    return {name: _nonzero(gram, 10 * eps) for name, gram in grams.items()}
 
 
-def _nonzero(gram, dtype):
+def _nonzero(gram, rtol):
     values = scipy.linalg.eigvalsh(gram)[::-1]
-    return values[values > 10 * np.finfo(dtype).eps * max(values[0], 0)]
+    return values[values > rtol * max(values[0], 0)]
 
 
 @partial(jax.jit, static_argnums=0)
 def _predict(loss, params, batch):
-    return loss.predict(params, batch)
+    with jax.default_matmul_precision("float32"):
+        return loss.predict(params, batch)
 
 
 def _independent(loss, params, batch, outputs):
-    """Whether the outputs of each example taken alone are those of the batch."""
+    """Whether each example taken alone has the outputs that it has in the batch, and the same slopes."""
     if outputs.ndim < 2:
         return False
     try:
-        alone = _predict_alone(loss, params, batch, np.arange(len(outputs)))
+        together, alone = _slopes(loss, params, batch)
     except (TypeError, ValueError):  # a batch that cannot be taken apart along its first axis
         return False
-    tolerance = 1e-4 * float(jnp.max(jnp.abs(outputs)))
-    return alone.shape == outputs.shape and float(jnp.max(jnp.abs(alone - outputs))) <= tolerance
+    return all(
+        a.shape == b.shape and float(jnp.max(jnp.abs(a - b))) <= 1e-4 * float(jnp.max(jnp.abs(a)))
+        for a, b in zip(together, alone, strict=True)
+    )
+
+
+@partial(jax.jit, static_argnums=0)
+def _slopes(loss, params, batch):
+    """Outputs and their derivatives in one direction: of the batch, and of each example alone."""
+    direction = random_like(jax.random.key(0), params)
+
+    def both(batch):
+        return jax.jvp(lambda p: loss.predict(p, batch), (params,), (direction,))
+
+    with jax.default_matmul_precision("float32"):
+        together = both(batch)
+        count = len(together[0])
+        alone = jax.vmap(lambda i: [x[0] for x in both(_example(batch, count, i))])(jnp.arange(count))
+    return together, alone
 
 
 def _example(batch, count, i):
@@ -138,11 +165,6 @@ def _example(batch, count, i):
         return jax.lax.dynamic_slice_in_dim(x, i, 1) if jnp.shape(x)[:1] == (count,) else x
 
     return jax.tree.map(cut, batch)
-
-
-@partial(jax.jit, static_argnums=0)
-def _predict_alone(loss, params, batch, ids):
-    return jax.vmap(lambda i: loss.predict(params, _example(batch, len(ids), i))[0])(ids)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

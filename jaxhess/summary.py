@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -11,7 +12,7 @@ import jax
 from jaxhess.distances import count_outliers, wasserstein
 from jaxhess.lanczos import dimension, tree_norm
 from jaxhess.layers import find_layers, layer_names
-from jaxhess.objective import Objective
+from jaxhess.objective import NoFactorError, Objective
 from jaxhess.operators import prepare
 from jaxhess.spectrum import Spectrum, layer_spectra
 from jaxhess.trace import Estimate, layer_traces
@@ -26,7 +27,7 @@ class Record:
     Attributes:
       parameters: number of parameters.
       trace: Tr(Hess_l) with its standard error.
-      ggn_trace: Tr(G_l) likewise; None for a plain loss.
+      ggn_trace: Tr(G_l) likewise; None for a plain loss, or a criterion that is not convex.
       lambda_max, lambda_min: extreme Ritz values of Hess_l.
       lambda_max_residual, lambda_min_residual: an eigenvalue lies within this of the Ritz value.
       trace_norm2: Tr(Hess_l) * ||w_l||^2, which does not change when a scale-invariant layer is scaled.
@@ -165,11 +166,12 @@ def summarize(
     Reference: the paper's sections on layerwise spectra, lambda_max and traces.
     """
     loss, params = prepare("hessian", objective, params, batch, has_aux)
-    traces = layer_traces(loss, params, batch, key=jax.random.fold_in(key, 1), num_probes=num_probes)
-    ggn_traces = {}
+    trace_key, ggn_key = jax.random.split(jax.random.fold_in(key, 2**31 - 1))
+    traces = layer_traces(loss, params, batch, key=trace_key, num_probes=num_probes)
+    ggn_traces: dict[str, Estimate] = {}
     if isinstance(loss, Objective):
-        ggn_key = jax.random.fold_in(key, 2)
-        ggn_traces = layer_traces(loss, params, batch, key=ggn_key, num_probes=num_probes, curvature="ggn")
+        with contextlib.suppress(NoFactorError):  # a criterion that is not convex: no column Tr G
+            ggn_traces = layer_traces(loss, params, batch, key=ggn_key, num_probes=num_probes, curvature="ggn")
     spectra = layer_spectra(loss, params, batch, key=key, num_steps=num_steps, progress=progress)
 
     layers = {layer.name: layer.take(params) for layer in find_layers(params, layer_names(params, loss, batch))}

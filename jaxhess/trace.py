@@ -15,10 +15,11 @@ import optax
 from jaxhess.batches import Batches, first_batch
 from jaxhess.layers import Layer, find_layers, layer_names
 from jaxhess.objective import check_factor, output_factor_product
-from jaxhess.operators import _Product, apply_stacked, prepare
+from jaxhess.operators import _Product, apply_stacked, check_batches, prepare
 
 PyTree = Any
 _CHUNK = 8
+_LEAST = 8
 
 
 class Estimate(NamedTuple):
@@ -58,7 +59,8 @@ def trace(
       operator: v -> A v, as from `hessian`; traceable by JAX, or over `Batches`.
       like: a pytree of arrays like v.
       key: a JAX random key; the same key gives the same probes, and more probes begin with the fewer.
-      num_probes: number of probes; with a tolerance, the least number.
+      num_probes: number of probes; with a tolerance, the least number (and not below 8: the standard error of
+        fewer is too often small by chance).
       probe: "rademacher" or "gaussian".
       rtol, atol: with either, probes are added until the standard error is at most max(atol, rtol * |mean|), or
         ``max_probes`` is reached. The standard error of the result tells which.
@@ -80,8 +82,7 @@ def trace(
     Reference: Hutchinson 1990; Avron and Toledo 2011; Algorithm 1 of the paper.
     """
     draw = partial(_quadratic_forms, operator, like, sampler(probe))
-    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((operator, like, key)))
-    return _estimate(draw, key, num_probes, rtol, atol, max_probes, chunk_size, traced, ("the operator",))[0]
+    return _estimate(draw, key, num_probes, rtol, atol, max_probes, chunk_size, ("the operator",))[0]
 
 
 def layer_traces(
@@ -138,15 +139,12 @@ def layer_traces(
     loss, params = prepare(curvature, objective, params, batch, has_aux)
     names = layer_names(params, loss, batch)
     samples = _LayerSamples(curvature, loss, find_layers(params, names), sampler(probe))
-    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, key)))
-    if not isinstance(batch, Batches):
-        traced = traced or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(batch))
-    if curvature == "ggn" and not traced and not hasattr(loss.criterion, "factor_product"):
+    if curvature == "ggn" and not hasattr(loss.criterion, "factor_product"):
         one = first_batch(batch)
         check_factor(loss.criterion, loss.predict(params, one), one)
     names = [*names, "total"]
     draw = partial(samples.over_batches if isinstance(batch, Batches) else samples, params, batch)
-    estimates = _estimate(draw, key, num_probes, rtol, atol, max_probes, chunk_size, traced, names)
+    estimates = _estimate(draw, key, num_probes, rtol, atol, max_probes, chunk_size, names)
     return dict(zip(names, estimates, strict=True))
 
 
@@ -220,6 +218,8 @@ class _LayerSamples:
             # A fresh draw for each batch where the estimate is a sum over examples; the same v where it is v' A v.
             batch_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number) if self.kind == "ggn" else keys
             mean = _layer_samples(self, params, batch, batch_keys, mean, size / total)
+        if not np.isfinite(mean).all():
+            check_batches(self.loss, params, batches)
         return mean
 
 
@@ -257,28 +257,27 @@ def _ggn_forms(spec, params, batch, keys):
 # ---- means, standard errors, and when to stop ----
 
 
-def _estimate(draw, key, num_probes, rtol, atol, max_probes, chunk_size, traced, names):
+def _estimate(draw, key, num_probes, rtol, atol, max_probes, chunk_size, names):
     """Estimates from ``draw(keys) -> (len(keys), quantities)``, in equal chunks of keys."""
     check_count("num_probes", num_probes)
     check_count("chunk_size", chunk_size)
     adaptive = rtol is not None or atol is not None
     if adaptive:
         check_count("max_probes", max_probes)
-        if min(rtol or 0, atol or 0) < 0:
+        if not min(rtol or 0, atol or 0) >= 0:
             raise ValueError(f"tolerances must not be negative, got rtol={rtol}, atol={atol}")
-        if traced:
-            raise TypeError(
-                "a stopping rule reads values between probes and cannot run under jit; leave out rtol, atol"
-            )
-    if traced:
-        samples = jax.lax.map(lambda k: draw(k[None])[0], _keys(key, 0, num_probes), batch_size=chunk_size)
-        return _summary(samples, jnp)
-
+        # The standard error of a handful is too often small by chance.
+        num_probes = max(num_probes, min(_LEAST, max_probes))
     chunk = -(-num_probes // -(-num_probes // chunk_size))  # equal chunks: one shape, one compilation
     samples = np.zeros((0, len(names)))
     while True:
-        keys = _keys(key, len(samples), chunk)
-        samples = np.concatenate([samples, np.asarray(draw(keys), np.float64)])
+        new = draw(_keys(key, len(samples), chunk))
+        if isinstance(new, jax.core.Tracer):
+            if adaptive:
+                raise TypeError("a stopping rule reads values and cannot run under jit; leave out rtol, atol")
+            samples = jax.lax.map(lambda k: draw(k[None])[0], _keys(key, 0, num_probes), batch_size=chunk)
+            return _summary(samples, jnp)
+        samples = np.concatenate([samples, np.asarray(new, np.float64)])
         if not np.isfinite(samples[-chunk:]).all():
             bad = [name for name, ok in zip(names, np.isfinite(samples).all(0), strict=True) if not ok]
             raise ValueError(f"probes gave values that are not finite for {bad}; look for overflow or NaN in the loss")

@@ -56,7 +56,9 @@ def add_hessian_trace(
 
     It acts on the steps with count >= start and (count - start) divisible by ``every``, so on the first one too; on
     the steps between it does nothing. The value of the last penalty is in the state. A penalty that is not finite is
-    left out of its step and counted in ``skipped``.
+    left out of its step and counted in ``skipped``. The steps between are a branch of ``lax.cond``; XLA's CPU backend
+    runs convolutions inside a branch on one thread, so that there two compiled steps, one with ``every=1`` and one
+    without the transformation, are the faster way (`experiments/train.py` does that).
 
     Its place in the chain decides what happens to the penalty: before ``optax.scale_by_adam`` Adam preconditions it
     with the gradient, behind it is added as it is (as in decoupled weight decay), and behind ``optax.sgd`` it would
@@ -155,8 +157,11 @@ def add_hessian_trace(
             )
             return added, penalty.astype(state.penalty.dtype), state.skipped + ~finite
 
-        due = (state.count >= start) & ((state.count - start) % every == 0)
-        updates, penalty, skipped = jax.lax.cond(due, penalize, lambda: (updates, state.penalty, state.skipped))
+        if every == 1 and start == 0:
+            updates, penalty, skipped = penalize()
+        else:
+            due = (state.count >= start) & ((state.count - start) % every == 0)
+            updates, penalty, skipped = jax.lax.cond(due, penalize, lambda: (updates, state.penalty, state.skipped))
         return updates, HessianTraceState(optax.safe_increment(state.count), state.key, penalty, skipped)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -265,6 +265,7 @@ TWO = {"blocks": stacked("attn", "mlp")}
         (ONE, scanned_with_decay, ["blocks[0]", "blocks[1]", "blocks[2]"]),
         (ONE, scanned_in_reverse, ["blocks[2]", "blocks[1]", "blocks[0]"]),
         (ONE["blocks"], scanned_at_the_root, None),
+        # The three below fail at the time of writing: layer_names loses blocks[2], or names slices of attn twice.
         (ONE, first_alone_then_scanned, None),
         (TWO, scanned_twice, None),
         (TWO, scanned_alone_first, None),
@@ -387,6 +388,7 @@ def test_linen():
     assert jh.layer_names(params, loss, X) == ["Stem", "LayerNorm_0", "Dense_0"]
 
 
+# "fc[0]" fails at the time of writing: network order takes brackets of the user's own for slices, and lists it twice.
 @pytest.mark.parametrize("names", [["mlp/~/linear_0", "mlp/~/linear_1"], ["fc[0]", "fc[1]"]])
 def test_names_with_slashes_or_brackets_of_their_own(names):
     """As Haiku writes them, or a user."""

@@ -113,6 +113,10 @@ def make_rows(config: Config) -> dict[str, tuple[Callable, int]]:
     linear, linear_ggn = jh.linearize(hessian, like=params), jh.linearize(ggn, like=params)
     start = jax.tree.map(lambda x: jax.random.normal(keys[3], x.shape), params)
     probes = config.num_probes
+    penalties = {
+        curvature: jax.jit(partial(jh.hessian_trace_penalty, loss, key=keys[4], curvature=curvature))
+        for curvature in ("ggn", "hessian")
+    }
 
     def traces(curvature, count):
         return jh.layer_traces(
@@ -129,6 +133,8 @@ def make_rows(config: Config) -> dict[str, tuple[Callable, int]]:
         f"all layer traces, GGN, a probe of {probes}": (lambda: traces("ggn", probes), probes),
         "all layer traces, Hessian, 1 probe": (lambda: traces("hessian", 1), 1),
         f"all layer traces, Hessian, a probe of {probes}": (lambda: traces("hessian", probes), probes),
+        "HTR gradient, GGN, 1 probe": (lambda: penalties["ggn"](params, batch), 1),
+        "HTR gradient, Hessian, 1 probe": (lambda: penalties["hessian"](params, batch), 1),
         f"{config.num_steps} Lanczos steps": (lambda: jh.lanczos(linear, start, config.num_steps), 1),
         f"{config.num_steps} Lanczos steps, three vectors": (
             lambda: jh.lanczos(linear, start, config.num_steps, reorthogonalize=False),

@@ -1,0 +1,42 @@
+"""Training accuracy and sum of layer traces over training, with and without the penalty (Figure 7 of the paper).
+
+    python -m experiments.run fig7 model=lenet dataset=fashion_mnist trials=3
+
+About 7 minutes a training for LeNet with the released settings (40 epochs) on two CPU cores, 6 trainings. The paper
+finds a lower trace with the penalty at almost the same training accuracy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+from experiments import arms, plot, results
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(arms.Config):
+    """As `arms.Config`; the traces are those of G_l, on ``images_per_class`` images with ``num_probes`` probes."""
+
+    dataset: str = "fashion_mnist"
+    trials: int = 3
+
+
+def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> None:
+    """Trains (or finds) the nets, measuring after each epoch, and saves the numbers."""
+    arms.run_sweep(config, {"CE": None, "CE + HTR": {}}, out_dir, data_dir, traces=True)
+
+
+def draw(out_dir: pathlib.Path) -> None:
+    """Draws the figure from the saved numbers, and says what they show."""
+    config, numbers = results.load_json(out_dir / "config.json"), results.load_json(out_dir / "numbers.json")
+    panels = {
+        "training accuracy": {name: metrics["train_accuracy"] for name, metrics in numbers.items()},
+        r"$\sum_l$ Tr(Hess$_l$)": {name: metrics["trace/total"] for name, metrics in numbers.items()},
+    }
+    plot.save(plot.over_epochs(panels, arms.title(config)), out_dir / "figure.png")
+    last = {name: [values[-1] for values in metrics["trace/total"]] for name, metrics in numbers.items()}
+    for name, values in last.items():
+        accuracy = [100 * trial[-1] for trial in numbers[name]["train_accuracy"]]
+        print(f"{name}: training accuracy {arms.spread(accuracy, '.2f')} %, sum of traces {arms.spread(values, '.4g')}")
+    print(arms.judge(arms.Claim("CE + HTR", "CE", "HTR lowers the sum of traces at the end", "trace"), last))

@@ -1,0 +1,421 @@
+"""Training with the penalty, checkpoints, and the experiments on the regularizer."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import arms, checkpoints, data, models, results, run, train
+
+ROOT = pathlib.Path(train.__file__).parent.parent
+SHORT = train.TrainConfig(epochs=3, batch_size=8, learning_rate=0.05, augment=True)
+HTR = dataclasses.replace(SHORT, penalty=train.Penalty(1e-2, every=2, start_epoch=1))
+
+
+@pytest.fixture(scope="module")
+def made():
+    """Forty random images of three classes."""
+    return make(30, 10, (6, 6, 2), 3)
+
+
+def make(train_images, test_images, shape, num_classes, name="made"):
+    rng = np.random.default_rng(0)
+    label = np.arange(train_images + test_images, dtype=np.int32) % num_classes
+    image = rng.integers(0, 256, (len(label), *shape), dtype=np.uint8)
+    splits = (slice(train_images), slice(train_images, None))
+    return data.Dataset.create(name, num_classes, *({"image": image[part], "label": label[part]} for part in splits))
+
+
+def mlp():
+    return models.build("mlp", 3, hidden=(6, 5, 4))
+
+
+def same(one, two):
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def differ(one, two):
+    """Whether two trainings part at the first step after the first penalty, by more than rounding."""
+    return bool((abs(one.step_loss[4:] / two.step_loss[4:] - 1) > 3e-5).all())
+
+
+# ---- the penalty in training ----
+
+
+def test_the_penalty_acts_from_its_first_epoch_and_is_recorded(made):
+    plain = train.train(mlp(), made, SHORT, progress=False)
+    found = train.train(mlp(), made, HTR, progress=False)
+    # Step 3 is the first with a penalty, and its loss is still that of the parameters before it.
+    np.testing.assert_allclose(plain.step_loss[:4], found.step_loss[:4], rtol=1e-5)
+    assert found.step_loss.shape == (9,) and differ(plain, found)
+    assert np.isnan(found.history["penalty"][0]) and (found.history["penalty"][1:] > 0).all()
+    np.testing.assert_array_equal(found.history["skipped"], 0)
+    assert "penalty" not in plain.history
+    np.testing.assert_allclose(found.step_loss.reshape(3, 3).mean(1), found.history["train_loss"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"curvature": "hessian", "probe": "gaussian"}, {"layers": "middle"}])
+def test_the_penaltys_settings_reach_it(made, options):
+    penalty = dataclasses.replace(HTR.penalty, **options)
+    other = train.train(mlp(), made, dataclasses.replace(HTR, penalty=penalty), progress=False)
+    first = train.train(mlp(), made, HTR, progress=False)
+    assert differ(other, first)
+
+
+def test_bad_penalties_are_named(made):
+    for options, message in (
+        ({"gamma": -1.0}, "gamma must be"),
+        ({"every": 0}, "every"),
+        ({"layers": "most"}, "layers must be 'all', 'middle'"),
+        ({"start_epoch": -1}, "start must be"),
+    ):
+        penalty = dataclasses.replace(HTR.penalty, **options)
+        with pytest.raises(ValueError, match=message):
+            train.train(mlp(), made, dataclasses.replace(HTR, penalty=penalty), progress=False)
+
+
+def test_a_penalty_is_part_of_the_recipe(made, tmp_path):
+    paths = {train.net_path("mlp", made, config, tmp_path) for config in (SHORT, HTR)}
+    stronger = dataclasses.replace(HTR, penalty=dataclasses.replace(HTR.penalty, gamma=1e-1))
+    assert len(paths | {train.net_path("mlp", made, stronger, tmp_path)}) == 3
+
+
+# ---- augmentation ----
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.uint8])
+def test_augmentation_keeps_shape_type_and_range(dtype):
+    images = jnp.asarray(np.random.default_rng(0).integers(3, 200, (20, 9, 12, 2)), dtype)
+    found = train.augment(jax.random.key(0), images)
+    assert found.shape == images.shape and found.dtype == dtype
+    low, high = images.min((1, 2), keepdims=True), images.max((1, 2), keepdims=True)
+    assert ((found >= low) & (found <= high)).all()
+    same(found, train.augment(jax.random.key(0), images))
+    assert (found != train.augment(jax.random.key(1), images)).any()
+
+
+def test_augmentation_turns_by_at_most_15_degrees_and_flips_half():
+    y, x = np.mgrid[:33, :33] - 16.0
+    images = np.stack([x, y], axis=-1)[None].repeat(200, 0).astype(np.float32)
+    found = np.asarray(train.augment(jax.random.key(0), jnp.asarray(images)))[
+        :, 16, 17
+    ]  # one to the right of the middle
+    side, slope = np.sign(found[:, 0]), np.abs(found[:, 1])
+    np.testing.assert_allclose(np.hypot(*found.T), 1, rtol=1e-3)  # a rotation, so lengths are kept
+    assert 0.4 < (side > 0).mean() < 0.6
+    assert np.sin(np.pi / 12) >= slope.max() - 1e-4 and slope.max() > 0.2
+
+
+# ---- checkpoints ----
+
+LONG = train.TrainConfig(
+    epochs=12,
+    batch_size=100,
+    learning_rate=0.05,
+    milestones=(0.5,),
+    augment=True,
+    penalty=train.Penalty(1e-3, every=4, start_epoch=1),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """A callback that prints the epoch and records two numbers."""
+
+    def __call__(self, epoch, params, batch_stats):
+        print(epoch, flush=True)
+        return {"norm": abs(params["fc1"]["kernel"]).sum(), "epoch": epoch}
+
+
+def long_training(out):
+    train.train_once("mlp", data.load("digits"), LONG, out, callback=Norm(), progress=False)
+    (path,) = out.glob("net-*.npz")
+    assert not list(out.glob("*.checkpoints"))  # removed when the net is kept
+    return results.load_arrays(path)
+
+
+def kill_and_resume(tmp_path, kills, seed):
+    """Kills a run again and again, each time a random number of epochs and milliseconds after it went on."""
+    expected, draw, killed = long_training(tmp_path / "whole" / "out"), random.Random(seed), 0
+    assert expected["records/epoch"].tolist() == list(range(13))
+    cache = jax.config.jax_compilation_cache_dir
+    code = "import conftest, pathlib, sys, test_training; test_training.long_training(pathlib.Path(sys.argv[1]))"
+    environment = os.environ | {"JAXHESS_TEST_CACHE": str(cache), "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
+    while killed < kills:
+        out = tmp_path / f"from{killed}" / "out"
+        while killed < kills and not list(out.glob("net-*")):
+            child = subprocess.Popen(
+                [sys.executable, "-c", code, str(out)], env=environment, stdout=subprocess.PIPE, text=True
+            )
+            for _ in range(draw.randint(1, 6)):
+                child.stdout.readline()
+            time.sleep(draw.uniform(0, 0.1))
+            child.send_signal(signal.SIGKILL)
+            child.communicate()
+            assert child.returncode in (-signal.SIGKILL, 0)
+            killed += child.returncode != 0
+        same(long_training(out), expected)
+
+
+def test_killed_runs_go_on_bitwise(tmp_path):
+    kill_and_resume(tmp_path, 3, seed=0)
+
+
+@pytest.mark.slow
+def test_twenty_killed_runs_go_on_bitwise(tmp_path):
+    kill_and_resume(tmp_path, 20, seed=1)
+
+
+class Stop(Exception):
+    """Ends a training from its callback."""
+
+
+def interrupted(made, folder, epoch):
+    """A training that ends after this epoch, before its checkpoint."""
+
+    def stop(done, params, stats):
+        if done == epoch:
+            raise Stop
+        return {"done": done}
+
+    with pytest.raises(Stop):
+        train.train(mlp(), made, HTR, callback=stop, checkpoint_dir=folder, progress=False)
+
+
+def resumed(made, folder):
+    seen = []
+
+    def note(done, params, stats):
+        seen.append(done)
+        return {"done": done}
+
+    return train.train(mlp(), made, HTR, callback=note, checkpoint_dir=folder, progress=False), seen
+
+
+def steps_in(folder):
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+
+
+def truncate(folder):
+    for path in folder.rglob("*"):
+        if path.is_file():
+            os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_bit(folder):
+    """In the largest file, which holds the arrays."""
+    path = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def empty(folder):
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.unlink()
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, empty])
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_used(made, tmp_path, capsys, damage):
+    whole = train.train(mlp(), made, HTR, progress=False, callback=lambda done, *rest: {"done": done})
+    interrupted(made, tmp_path, 3)
+    assert steps_in(tmp_path) == [1, 2]
+    damage(tmp_path / "2")
+    found, seen = resumed(made, tmp_path)
+    error = capsys.readouterr().err
+    assert error.count("warning: the checkpoint of epoch 2") == 1 and error.count("\n") == 1
+    assert seen == [2, 3] and steps_in(tmp_path) == [2, 3]  # only the last two are kept
+    same(found, whole)
+
+
+def test_with_no_whole_checkpoint_training_starts_anew(made, tmp_path, capsys):
+    whole = train.train(mlp(), made, HTR, progress=False, callback=lambda done, *rest: {"done": done})
+    interrupted(made, tmp_path, 3)
+    for folder in (tmp_path / "1", tmp_path / "2"):
+        truncate(folder)
+    found, seen = resumed(made, tmp_path)
+    assert capsys.readouterr().err.count("is damaged and left out") == 2 and seen == [0, 1, 2, 3]
+    same(found, whole)
+
+
+def test_checkpoints_of_another_training_are_refused(made, tmp_path):
+    interrupted(made, tmp_path, 2)
+    with pytest.raises(ValueError, match="holds checkpoints of another training"):
+        train.train(mlp(), made, SHORT, checkpoint_dir=tmp_path, progress=False)
+    assert steps_in(tmp_path) == [1]
+
+
+def test_checkpoints_bring_back_keys_and_types(tmp_path):
+    state = {"key": jax.random.key(3), "count": jnp.int32(2), "half": jnp.ones(2, jnp.bfloat16), "none": {}}
+    kept = checkpoints.Checkpoints(tmp_path, {"a": 1})
+    assert kept.latest(state) is None
+    kept.save(4, state, {"x": [0.1]})
+    epoch, found, records = kept.latest(jax.tree.map(jnp.zeros_like, state))
+    kept.close()
+    assert epoch == 4 and records == {"x": [0.1]} and found["half"].dtype == jnp.bfloat16
+    same(jax.random.key_data(found.pop("key")), jax.random.key_data(state.pop("key")))
+    same(found, state)
+
+
+# ---- the tables ----
+
+TINY = ["images_per_class=1", "num_probes=2", "num_steps=3"]
+LENET = [names for names in arms.ROWS if names[0] in models.MODELS]
+SHAPES = {"svhn_cropped": (32, 32, 3), "cifar10": (32, 32, 3), "cifar100": (32, 32, 3)}
+
+
+@pytest.fixture
+def any_data(monkeypatch):
+    """Made data of two steps in place of every data set."""
+
+    def load(name, data_dir=None, **options):
+        return make(512, 20, SHAPES.get(name, (28, 28, 1)), 100 if name == "cifar100" else 10, name)
+
+    monkeypatch.setattr(data, "load", load)
+
+
+class Small(models.MLP):
+    hidden: tuple[int, ...] = (8, 8, 8)
+
+
+@pytest.fixture
+def small_net(monkeypatch):
+    """A small MLP in place of LeNet, where the net does not matter."""
+    monkeypatch.setitem(models.MODELS, "lenet", Small)
+
+
+@pytest.mark.parametrize(("model", "dataset"), LENET)
+@pytest.mark.parametrize("arm", arms.ARMS)
+def test_every_row_of_tables_1_to_3_runs_two_steps(any_data, model, dataset, arm):
+    made = data.load(dataset)
+    made = dataclasses.replace(made, train={key: values[:32] for key, values in made.train.items()})
+    settings = dataclasses.replace(arms.training(arms.Config(model, dataset, epochs=1), arm, 0), batch_size=16)
+    if settings.penalty is not None:
+        assert settings.penalty.num_probes == 10 and settings.penalty.probe in ("gaussian", "rademacher")
+        # One probe, from the first step: the number of probes and the start are seen to be passed on elsewhere.
+        penalty = dataclasses.replace(settings.penalty, num_probes=1, start_epoch=0)
+        settings = dataclasses.replace(settings, penalty=penalty)
+    trained = train.train(models.build(model, made.num_classes), made, settings, progress=False)
+    assert trained.step_loss.shape == (2,) and np.isfinite(trained.step_loss).all()
+    assert (settings.penalty is not None) == ("penalty" in trained.history)
+    if settings.penalty is not None:
+        assert np.isfinite(trained.history["penalty"]).all() and trained.history["skipped"][-1] == 0
+
+
+@pytest.mark.parametrize(("model", "dataset"), [names for names in arms.ROWS if names[0] not in models.MODELS])
+def test_rows_whose_net_is_still_to_come_say_so(any_data, capsys, tmp_path, model, dataset):
+    assert run.main(["table1", f"model={model}", f"dataset={dataset}", f"out={tmp_path}"]) == 2
+    assert f"unknown model '{model}'; choose from" in capsys.readouterr().err
+
+
+def test_unknown_rows_presets_and_arms():
+    with pytest.raises(ValueError, match=r"no row model='mlp' dataset='mnist'; choose from \['lenet mnist'"):
+        arms.row("mlp", "mnist")
+    with pytest.raises(ValueError, match="unknown preset 'mine'"):
+        arms.Config(preset="mine")
+    with pytest.raises(ValueError, match="trials must be at least 1"):
+        arms.Config(trials=0)
+    with pytest.raises(ValueError, match="unknown arm 'sam'"):
+        arms.training(arms.Config(), "sam", 0)
+
+
+@pytest.mark.parametrize("names", arms.ROWS)
+def test_presets_are_as_printed(names):
+    released, paper = (arms.Config(*names, preset=preset) for preset in ("released", "paper"))
+    for arm in arms.ARMS:
+        one, two = arms.training(released, arm, 3), arms.training(paper, arm, 3)
+        assert one.milestone_epochs() == pytest.approx(list(arms.ROWS[names].milestones))
+        assert (two.batch_size, two.learning_rate, two.augment, one.augment) == (64, 1e-2, False, True)
+        assert one.epochs == two.epochs == arms.ROWS[names].epochs and one.seed == 3
+        assert (one.weight_decay == 1e-3) == (arm in ("l2", "htr_l2"))
+        if one.penalty is not None:
+            assert one.penalty.probe == ("rademacher" if arm == "htr_l2" else "gaussian")
+            assert one.penalty.every == 50 and one.penalty.layers == ("middle" if arm == "htr_middle" else "all")
+    half = arms.training(dataclasses.replace(released, epochs=arms.ROWS[names].epochs // 2), "htr", 0)
+    assert half.milestone_epochs() == pytest.approx([epoch / 2 for epoch in arms.ROWS[names].milestones])
+    assert half.penalty.start_epoch * half.epochs == pytest.approx(arms.ROWS[names].start / 2)
+
+
+def test_paired_trials_start_from_the_same_parameters_and_see_the_same_images(any_data):
+    config = arms.Config(epochs=1)
+    made, model = arms.load(config, None), models.build("mlp", 10)
+    states = {}
+    for arm in arms.ARMS:
+        settings = arms.training(config, arm, 5)
+        tx = train.optimizer(settings, 2, settings.penalty.transform(model, settings, 2) if settings.penalty else None)
+        states[arm] = train.init_state(model, tx, settings, made)
+    for state in states.values():
+        same(state.params, states["ce"].params)
+        for key in ("key", "augment_key"):
+            same(*(jax.random.key_data(getattr(s, key)) for s in (state, states["ce"])))
+    other = train.init_state(model, train.optimizer(settings, 2), arms.training(config, "ce", 6), made)
+    assert (other.params["fc1"]["kernel"] != states["ce"].params["fc1"]["kernel"]).any()
+
+
+def test_the_tables_from_end_to_end(any_data, small_net, tmp_path, capsys, monkeypatch):
+    for table in ("table1", "table2", "table3"):
+        words = [table, f"out={tmp_path / table}", "epochs=2", "trials=2", *TINY]
+        assert run.main(words) == 0
+        printed = capsys.readouterr().out
+        assert "CE + HTR  " in printed and "1.25 +- 0.03" in printed and "paired t-test p = " in printed
+    numbers = json.loads((tmp_path / "table3" / "numbers.json").read_text())
+    assert list(numbers) == ["ce", "htr", "l2", "htr_l2"] and all(len(records) == 2 for records in numbers.values())
+    record = numbers["htr"][0]
+    assert record["gap"] == pytest.approx(record["test_error"] - 1 + record["train_accuracy"])
+    assert record["lambda_max"] > 0 > record["lambda_min"] and record["trace_std_error"] > 0
+    assert len(list(tmp_path.rglob("net-*.npz"))) == 10  # five arms, two trials: those of another table are taken
+    # What is kept is neither trained nor measured again.
+    monkeypatch.setattr(train, "train", lambda *args, **options: pytest.fail("trained again"))
+    monkeypatch.setattr(arms, "final", lambda *args, **options: pytest.fail("measured again"))
+    assert run.main(words) == 0 and capsys.readouterr().out.splitlines()[-1].startswith("results in")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("fig7", []), ("fig8", ["intervals=1,2"]), ("fig14", ["gammas=1e-3,1e-1"])]
+)
+def test_the_figures_from_end_to_end(any_data, small_net, tmp_path, capsys, name, options):
+    words = [name, f"out={tmp_path / 'out'}", "epochs=2", "trials=2", *TINY, *options]
+    assert run.main(words) == 0
+    assert "paired t-test p = " in capsys.readouterr().out
+    figure = tmp_path / "out" / "figure.png"
+    first = figure.read_bytes()
+    assert run.main([*words, "redraw=true"]) == 0 and figure.read_bytes() == first and len(first) < 200_000
+    numbers = json.loads((tmp_path / "out" / "numbers.json").read_text())
+    assert np.shape(next(iter(numbers.values()))["test_error"]) == (2, 2)
+    if name == "fig7":
+        assert np.shape(numbers["CE"]["trace/total"]) == (2, 3)
+
+
+def test_table_4_from_end_to_end(any_data, small_net, tmp_path, capsys):
+    words = ["table4", f"out={tmp_path}", "intervals=1,25", "num_probes=1", "steps=2", "repeats=2"]
+    assert run.main(words) == 0
+    printed = capsys.readouterr().out
+    assert "hessian: HTR at f_r = 1 takes" in printed and "1.07" in printed
+
+
+@pytest.mark.parametrize(
+    ("lower", "higher", "verdict"),
+    [
+        ([0.10, 0.11, 0.12], [0.20, 0.22, 0.21], ": seen "),
+        ([0.20, 0.22, 0.21], [0.10, 0.11, 0.12], ": the opposite is seen "),
+        ([0.10, 0.11, 0.12], [0.11, 0.10, 0.12], ": not decided "),
+        ([0.10], [0.20], ": not decided "),
+        ([0.10, 0.11], [0.10, 0.11], ": not decided "),
+    ],
+)
+def test_claims_are_judged_in_words(lower, higher, verdict):
+    line = arms.judge(arms.Claim("htr", "ce", "HTR lowers the test error"), {"htr": lower, "ce": higher})
+    assert line.startswith("HTR lowers the test error") and verdict in line
+    if len(lower) == 3 and "seen" in verdict:
+        assert "not decided" in arms.judge(arms.Claim("a", "b", "w"), {"a": lower, "b": higher}, tests=100)
