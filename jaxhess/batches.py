@@ -54,9 +54,8 @@ class Batches:
 
     def __post_init__(self):
         if not isinstance(self.batches, Iterable) or isinstance(self.batches, (Mapping, str)):
-            raise TypeError(
-                f"Batches takes several batches, got {type(self.batches).__name__}; for one batch: Batches([batch])"
-            )
+            got = type(self.batches).__name__
+            raise TypeError(f"Batches takes an iterable of batches, got {got}; for one batch: Batches([batch])")
         if isinstance(self.batches, Iterator):
             raise TypeError(
                 f"Batches reads its batches once for each product, and a {type(self.batches).__name__} can be read "

@@ -107,7 +107,8 @@ def softplus_sum(outputs, batch):
 
 
 def labels(seed, classes, *shape):
-    return np.random.default_rng(seed).integers(classes, size=shape)
+    # int32, for jit (jax 0.10) mixes up int64 numpy arrays that it has met with and without x64.
+    return np.random.default_rng(seed).integers(classes, size=shape, dtype=np.int32)
 
 
 def _classification(predict, params, x, classes, criterion=jh.cross_entropy, **more):
