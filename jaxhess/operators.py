@@ -311,7 +311,7 @@ def prepare(kind: str, loss: Any, params: PyTree, batch: PyTree, has_aux: bool =
     batch = first_batch(batch)
     _check_batch(batch)
     _check_values(loss, params, batch)
-    value = jax.eval_shape(loss, params, batch)
+    value = jax.eval_shape(jax.jit(loss), params, batch)
     if not (hasattr(value, "shape") and value.shape == () and jnp.issubdtype(value.dtype, jnp.floating)):
         hint = "; for (value, aux) say has_aux=True" if isinstance(value, tuple) else "; take the mean over examples"
         raise TypeError(f"the loss must return a floating-point scalar, got {value}{hint}")
@@ -327,7 +327,7 @@ def check_batches(loss: Any, params: PyTree, batches: Batches) -> None:
 def _check_values(loss, params, batch):
     """What an objective's halves say of a batch: shapes, and labels where their values are known."""
     if isinstance(loss, Objective):
-        outputs = jax.eval_shape(loss.predict, params, batch)
+        outputs = jax.eval_shape(jax.jit(loss.predict), params, batch)  # under jit the trace is kept for the next time
         if not (hasattr(outputs, "shape") and outputs.ndim and jnp.issubdtype(outputs.dtype, jnp.floating)):
             raise TypeError(f"predict must return one floating-point array of shape (..., C), got {outputs}")
         if hasattr(loss.criterion, "check"):
