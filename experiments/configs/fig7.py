@@ -2,7 +2,7 @@
 
     python -m experiments.run fig7 model=lenet dataset=fashion_mnist trials=3
 
-About 7 minutes a training for LeNet with the released settings (40 epochs) on two CPU cores, 6 trainings. The paper
+Not yet timed on real data; the released settings are 40 epochs a training for LeNet, 6 trainings. The paper
 finds a lower trace with the penalty at almost the same training accuracy.
 """
 

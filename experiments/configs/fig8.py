@@ -2,7 +2,7 @@
 
     python -m experiments.run fig8 model=lenet dataset=fashion_mnist trials=3
 
-About 7 minutes a training for LeNet with the released settings (40 epochs) on two CPU cores, longer at every=1; 18
+Not yet timed on real data; the released settings are 40 epochs a training for LeNet, longer at every=1; 18
 trainings. The paper finds that penalties far apart do as well as frequent ones.
 """
 

@@ -2,7 +2,7 @@
 
     python -m experiments.run table1 model=lenet dataset=mnist trials=5
 
-About 5 minutes a training for LeNet with the released settings (30 epochs) on two CPU cores, 10 trainings; an
+Not yet timed on real data; the released settings are 30 epochs a training for LeNet, 10 trainings; an
 interrupted table goes on. The paper finds 0.02 to 3.1 points less error with the penalty. Expected on LeNet: no
 difference that five trials could tell from none, the released coefficients being small at one step in fifty.
 """

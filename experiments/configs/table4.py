@@ -2,7 +2,7 @@
 
     python -m experiments.run table4 model=lenet dataset=mnist
 
-About 10 minutes for LeNet on two CPU cores, much of it compiling. All are timed in turn in each round, over so many
+Not yet timed on real data. All are timed in turn in each round, over so many
 steps that each f_r has its share of penalties; medians over rounds of the ratios within a round. Expected: a ratio that
 grows with n / f_r.
 """
