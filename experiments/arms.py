@@ -271,14 +271,19 @@ def print_table(out_dir: pathlib.Path, claims: Sequence[Claim]) -> None:
     for arm, records in numbers.items():
         cells = [spread([scale * r[name] for r in records], form) for name, scale, form in columns.values()]
         lines.append([ARMS[arm], *cells, "{:.2f} +- {:.2f}".format(*paper[arm]) if arm in paper else "-"])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip())
+    print_columns(lines)
     for claim in claims:
         print(judge(claim, {arm: [r[claim.metric] for r in records] for arm, records in numbers.items()}))
     skipped = {ARMS[arm]: sum(r["skipped"] for r in records) for arm, records in numbers.items()}
     if any(skipped.values()):
         print(f"penalties left out because they were not finite: {skipped}")
+
+
+def print_columns(lines: Sequence[Sequence[str]]) -> None:
+    """Prints a table of words, the first column to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip())
 
 
 def spread(values: Sequence[float], form: str) -> str:

@@ -96,6 +96,31 @@ def per_class(split: Split, count: int, num_classes: int) -> Split:
     return {key: value[np.concatenate(found)] for key, value in split.items()}
 
 
+def hold_out(dataset: Dataset, count: int, seed: int = 0) -> Dataset:
+    """The same set with a random part of its training images in place of the test images, to choose settings on.
+
+    Args:
+      dataset: the whole set; its test images are not looked at.
+      count: images to hold out, of which each class has its share to within one.
+      seed: of the choice.
+
+    Returns:
+      `Dataset`, whose name tells how many were held out.
+
+    Raises:
+      ValueError: if ``count`` leaves a class no training image, or is less than one for each class.
+    """
+    from sklearn.model_selection import train_test_split
+
+    labels = dataset.train["label"]
+    try:
+        rest, held = train_test_split(np.arange(len(labels)), test_size=count, stratify=labels, random_state=seed)
+    except ValueError as error:
+        raise ValueError(f"cannot hold out {count} of {len(labels)} images of {dataset.name}: {error}") from error
+    train, test = ({key: value[index] for key, value in dataset.train.items()} for index in (rest, held))
+    return dataclasses.replace(dataset, name=f"{dataset.name}/held-out-{count}", train=train, test=test)
+
+
 def _digits():
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split

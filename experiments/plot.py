@@ -160,6 +160,57 @@ def accuracies(numbers: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], t
     return figure
 
 
+def strengths(
+    methods: Mapping[str, Sequence[Mapping]],
+    none: Mapping,
+    words: Mapping[str, tuple[str, str]],
+    metrics: Mapping[str, str],
+    title: str,
+) -> Figure:
+    """One column a method, one row a metric: mean and standard deviation over trials, against the strength.
+
+    Args:
+      methods: {method: [{"strength": float, "trials": [{metric: float}, ...]}, ...]}.
+      none: such an entry without any of them, which is drawn as a band.
+      words: {method: (its name, the name of its strength)}.
+      metrics: {metric: label of the axis}; errors are drawn in %, others on a log scale.
+      title: what was run.
+
+    Returns:
+      The figure.
+    """
+    figure, axes = _panels(len(metrics), len(methods), title)
+    axes = axes.reshape(len(metrics), len(methods))
+    for row, (metric, axis_label) in zip(axes, metrics.items(), strict=True):
+        factor = 100 if metric.endswith("error") else 1
+
+        def moments(point, metric=metric, factor=factor):
+            values = [factor * record[metric] for record in point["trials"]]
+            return np.mean(values), np.std(values, ddof=len(values) > 1)
+
+        for axis, points, color, marker in zip(row, methods.values(), COLORS, MARKERS, strict=False):
+            mean, deviation = moments(none)
+            axis.axhspan(mean - deviation, mean + deviation, color="0.85", linewidth=0, label="none")
+            axis.axhline(mean, color="0.5", linewidth=1)
+            x, (y, error) = [p["strength"] for p in points], zip(*map(moments, points), strict=True)
+            axis.errorbar(x, y, error, color=color, marker=marker, markersize=4, linewidth=1.2, capsize=2)
+            axis.set_xscale("log")
+            axis.set_xticks(x, [f"{strength:g}" for strength in x])
+            axis.minorticks_off()
+            if factor == 1:
+                axis.set_yscale("log")
+        limits = np.array([axis.get_ylim() for axis in row])
+        for axis in row:
+            axis.set_ylim(limits[:, 0].min(), limits[:, 1].max())
+        row[0].set_ylabel(axis_label, **_STYLE)
+    for axis, method in zip(axes[0], methods, strict=True):
+        axis.set_title(words[method][0], **_STYLE)
+    for axis, method in zip(axes[-1], methods, strict=True):
+        axis.set_xlabel(words[method][1], **_STYLE)
+    axes[0, 0].legend(fontsize=7, frameon=False)
+    return figure
+
+
 def save(figure: Figure, path: pathlib.Path) -> None:
     """Writes a figure, whole or not at all."""
     FigureCanvasAgg(figure)
@@ -178,7 +229,7 @@ def _panels(rows, columns, title):
     figure = Figure(figsize=(7.5, 0.5 + 1.9 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
-        axis.tick_params(labelsize=7)
+        axis.tick_params(which="both", labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=9)
     return figure, axes

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.scipy.ndimage import map_coordinates
 from tqdm import tqdm
@@ -87,6 +88,8 @@ class TrainConfig:
       milestones: when the learning rate falls, as shares of all epochs (0.5) or as epochs (10).
       decay: factor by which it falls.
       weight_decay: coefficient of L2 regularisation, coupled as in SGD.
+      sam: radius rho of sharpness-aware minimisation (Foret et al. 2021), 0 for none: the gradient is taken at the
+        worst parameters within rho, to first order, for twice the time of a step.
       augment: whether images are flipped and rotated, see `augment`.
       seed: of initialisation, order, augmentation and probes; each has random numbers of its own, so that trainings
         with one seed and different penalties start from the same parameters and see the same images.
@@ -100,6 +103,7 @@ class TrainConfig:
     milestones: tuple[float, ...] = ()
     decay: float = 0.25
     weight_decay: float = 0.0
+    sam: float = 0.0
     augment: bool = False
     seed: int = 0
     penalty: Penalty | None = None
@@ -110,6 +114,7 @@ class TrainConfig:
             ("batch_size", 1, "at least 1"),
             ("learning_rate", 0, "not negative"),
             ("weight_decay", 0, "not negative"),
+            ("sam", 0, "not negative"),
         ):
             if not getattr(self, name) >= low:
                 raise ValueError(f"{name} must be {words}, got {getattr(self, name)}")
@@ -187,12 +192,28 @@ def optimizer(
       transform: what to do with the gradients first, such as adding a penalty's.
 
     Returns:
-      An optax transformation that is called with ``batch=``.
+      An optax transformation that is called with ``batch=``, and with ``grad_fn=`` if there is a radius for SAM.
     """
     falls = {round(epoch * steps_per_epoch): config.decay for epoch in config.milestone_epochs()}
     schedule = optax.piecewise_constant_schedule(config.learning_rate, falls)
     parts = [optax.add_decayed_weights(config.weight_decay), optax.sgd(schedule, momentum=config.momentum)]
-    return optax.with_extra_args_support(optax.chain(*([] if transform is None else [transform]), *parts))
+    if transform is not None:
+        parts.insert(0, transform)
+    if config.sam:
+        parts.insert(0, _sharpness_aware(config.sam))
+    return optax.with_extra_args_support(optax.chain(*parts))
+
+
+def _sharpness_aware(radius):
+    """Replaces the gradient by ``grad_fn`` at the radius from the parameters along it."""
+    ascent = optax.chain(optax.contrib.normalize(), optax.sgd(radius))
+    sam = optax.contrib.sam(optax.identity(), ascent, opaque_mode=True)
+
+    def update(updates, state, params=None, *, grad_fn, **extra):
+        del extra
+        return sam.update(updates, state, params, grad_fn=grad_fn)
+
+    return optax.GradientTransformationExtraArgs(sam.init, update)
 
 
 def train(
@@ -247,7 +268,7 @@ def train(
     with contextlib.ExitStack() as stack:
         kept = None
         if checkpoint_dir is not None:
-            recipe = {"model": repr(model), "dataset": dataset.name, "images": num_images, **dataclasses.asdict(config)}
+            recipe = {"model": repr(model), "dataset": dataset.name, "images": num_images, **_settings(config)}
             kept = checkpoints.Checkpoints(checkpoint_dir, json.loads(json.dumps(recipe)))
             stack.callback(kept.close)
             if restored := kept.latest(state):
@@ -347,15 +368,19 @@ def net_path(name: str, dataset: Dataset, config: TrainConfig, out_dir: pathlib.
 
 
 def _kept_as(name, dataset, config, out_dir, callback=None):
-    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)}
-    if config.penalty is not None:
-        settings["penalty"] = dataclasses.asdict(config.penalty)
+    settings = _settings(config)
     if callback is not None:
         settings["callback"] = repr(callback)
     about = {"classes": dataset.num_classes, "images": len(dataset.train["label"])}  # tells samples and labels apart
     recipe = json.dumps({"model": name, "dataset": dataset.name, **about, **settings}, sort_keys=True)
     digest = hashlib.sha256(recipe.encode()).hexdigest()[:8]
     return recipe, out_dir / f"net-{name}-{dataset.name.replace('/', '-')}-{digest}.npz"
+
+
+def _settings(config):
+    """The fields of `TrainConfig` as plain values; without ``sam`` where it is off, as in nets kept before it was."""
+    names = [field.name for field in dataclasses.fields(TrainConfig) if field.name != "sam" or config.sam]
+    return {name: value for name, value in dataclasses.asdict(config).items() if name in names}
 
 
 def init_state(model: nn.Module, tx: optax.GradientTransformation, config: TrainConfig, dataset: Dataset) -> TrainState:
@@ -529,7 +554,8 @@ def _compile_step(model, tx, config, steps_per_epoch):
             return jh.cross_entropy(logits, batch), (logits, new.get("batch_stats", {}))
 
         (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, batch=batch)
+        extra = {"grad_fn": lambda params, _: jax.grad(loss_fn, has_aux=True)(params)[0]} if config.sam else {}
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, batch=batch, **extra)
         correct = jnp.sum(logits.argmax(-1) == batch["label"])
         return state._replace(
             step=state.step + 1,

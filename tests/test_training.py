@@ -397,6 +397,52 @@ def test_the_figures_from_end_to_end(any_data, small_net, tmp_path, capsys, name
         assert np.shape(numbers["CE"]["trace/total"]) == (2, 3)
 
 
+def test_the_search_for_strengths_from_end_to_end(any_data, small_net, tmp_path, capsys):
+    words = ["gamma", f"out={tmp_path}", "epochs=2", "trials=2", "held_out=100", *TINY]
+    assert run.main([*words, "gammas=1e-3,1e-1", "weight_decays=1e-3,1e-1", "radii=0.05"]) == 0
+    printed = capsys.readouterr().out
+    assert "HTR, as chosen, lowers the test error: " in printed and "SAM, as chosen" in printed
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    for method, points in numbers.items():
+        assert len(points) == {"none": 1, "htr": 2, "l2": 2, "sam": 1}[method]
+        errors = [np.mean([record["held_out_error"] for record in point["trials"]]) for point in points]
+        # The test images are looked at for the chosen strength alone.
+        tested = ["test_error" in record for point in points for record in point["trials"]]
+        assert sum(tested) == 2 and tested[2 * int(np.argmin(errors))]
+    assert (tmp_path / "figure.png").stat().st_size < 200_000
+
+
+def test_what_is_held_out_is_no_longer_trained_on(made):
+    found = data.hold_out(made, 9)
+    assert len(found.train["label"]) == 21 and len(found.test["label"]) == 9
+    assert np.bincount(found.test["label"]).tolist() == [3, 3, 3]
+    images = [image.tobytes() for part in (found.train, found.test) for image in part["image"]]
+    assert sorted(images) == sorted(image.tobytes() for image in made.train["image"])
+    assert found.name != made.name and found.mean is made.mean
+    with pytest.raises(ValueError, match="cannot hold out 30 of 30 images of made"):
+        data.hold_out(made, 30)
+
+
+def test_sam_takes_the_gradient_at_the_worst_point_nearby(made):
+    config = train.TrainConfig(epochs=1, batch_size=30, learning_rate=0.05, momentum=0.0)
+    rho, batch = 0.7, made.batch(made.train)
+    first = train.init_state(mlp(), train.optimizer(config, 1), config, made).params
+    grad = jax.grad(train.objective(mlp()))
+    at_first = grad(first, batch)
+    norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(at_first)))
+    worst = grad(jax.tree.map(lambda p, g: p + rho * g / norm, first, at_first), batch)
+    found = train.train(mlp(), made, dataclasses.replace(config, sam=rho), progress=False).params
+    jax.tree.map(lambda p, g, q: np.testing.assert_allclose(p - 0.05 * g, q, atol=1e-6), first, worst, found)
+    plain = train.train(mlp(), made, config, progress=False).params
+    assert abs(plain["fc1"]["kernel"] - found["fc1"]["kernel"]).max() > 1e-4
+
+
+def test_nets_kept_before_sam_are_still_found(made, tmp_path):
+    assert "sam" not in train._settings(SHORT)
+    paths = {train.net_path("mlp", made, dataclasses.replace(SHORT, sam=rho), tmp_path) for rho in (0.0, 0.1, 0.2)}
+    assert len(paths) == 3
+
+
 def test_table_4_from_end_to_end(any_data, small_net, tmp_path, capsys):
     words = ["table4", f"out={tmp_path}", "intervals=1,25", "num_probes=1", "steps=2", "repeats=2"]
     assert run.main(words) == 0

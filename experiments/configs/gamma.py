@@ -1,0 +1,117 @@
+"""How much penalty, weight decay or sharpness-aware minimisation is best, chosen on held-out training images.
+
+    python -m experiments.run gamma model=lenet dataset=fashion_mnist trials=3 epochs=15
+
+Beyond the paper: one probe of Tr(G) at every step, from the first on. Every strength of every method is trained on
+the same images with the same seeds; the strength with the lowest mean error on the held-out images is chosen, and only
+then are the nets of that strength, and those without any, tested on the test images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+import numpy as np
+
+from experiments import arms, data, models, plot, results
+from experiments.arms import Claim
+from experiments.train import TrainConfig, evaluate, train_once
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(arms.Config):
+    """As `arms.Config`, with the settings "paper" by default: batch 64 and no augmentation.
+
+    Attributes:
+      penalty_probes: probes of the penalty; ``num_probes`` are those of the measured trace.
+      held_out: training images that are held out.
+      gammas: coefficients of the penalty.
+      weight_decays: coefficients of L2 regularisation.
+      radii: rho of sharpness-aware minimisation.
+    """
+
+    dataset: str = "fashion_mnist"
+    preset: str = "paper"
+    trials: int = 3
+    curvature: str = "ggn"
+    every: int = 1
+    penalty_probes: int = 1
+    held_out: int = 5000
+    gammas: tuple[float, ...] = (1e-5, 1e-4, 3e-4, 1e-3, 1e-2)
+    weight_decays: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+    radii: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2)
+
+
+METHODS = {
+    "htr": ("HTR", r"$\gamma$"),
+    "l2": ("weight decay", "coefficient"),
+    "sam": ("SAM", r"$\rho$"),
+}
+
+
+def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> None:
+    """Trains (or finds) all nets, chooses on the held-out images, tests what was chosen, and saves the numbers."""
+    dataset = arms.load(config, data_dir)
+    held_out, model = data.hold_out(dataset, config.held_out), models.build(config.model, dataset.num_classes)
+    strengths = {"none": (0.0,), "htr": config.gammas, "l2": config.weight_decays, "sam": config.radii}
+    numbers = {method: [{"strength": s, "trials": []} for s in values] for method, values in strengths.items()}
+    # Trial by trial, so that what is there of an interrupted search is a whole curve.
+    for trial in range(config.trials):
+        for method, points in numbers.items():
+            for point in points:
+                settings = _training(config, method, point["strength"], trial)
+                _, trained = train_once(config.model, held_out, settings, out_dir)
+                record, _ = arms.final(config, held_out, model, trained, trial)
+                point["trials"].append({("held_out_error" if k == "test_error" else k): v for k, v in record.items()})
+                print(f"{method} {point['strength']:g}, trial {trial}: held-out error {record['test_error']:.2%}")
+        results.save_json(out_dir / "numbers.json", numbers)
+    for method, points in numbers.items():
+        best = best_of(points)
+        for trial, record in enumerate(best["trials"]):
+            settings = _training(config, method, best["strength"], trial)
+            _, trained = train_once(config.model, held_out, settings, out_dir)
+            record["test_error"] = evaluate(model, trained.params, trained.batch_stats, dataset, dataset.test)[1]
+    results.save_json(out_dir / "numbers.json", numbers)
+
+
+def best_of(points: list[dict]) -> dict:
+    """The strength with the lowest mean held-out error."""
+    return min(points, key=lambda point: np.mean([record["held_out_error"] for record in point["trials"]]))
+
+
+def _training(config: Config, method: str, strength: float, trial: int) -> TrainConfig:
+    if method == "htr":
+        changes = {"gamma": strength, "start_epoch": 0, "num_probes": config.penalty_probes, "probe": "rademacher"}
+        return arms.training(config, "htr", trial, **changes)
+    base = arms.training(config, "ce", trial)
+    if method == "none":
+        return base
+    return dataclasses.replace(base, **{{"l2": "weight_decay", "sam": "sam"}[method]: strength})
+
+
+def draw(out_dir: pathlib.Path) -> None:
+    """Draws the curves from the saved numbers, and says what was chosen and how it does on the test images."""
+    config, numbers = results.load_json(out_dir / "config.json"), results.load_json(out_dir / "numbers.json")
+    none = numbers.pop("none")[0]
+    panels = {"held_out_error": "held-out error, %", "trace": "Tr(Hess) at the end"}
+    figure = plot.strengths(numbers, none, METHODS, panels, arms.title(config))
+    plot.save(figure, out_dir / "figure.png")
+    columns = {
+        "held-out error %": ("held_out_error", 100, ".2f"),
+        "test error %": ("test_error", 100, ".2f"),
+        "train acc. %": ("train_accuracy", 100, ".2f"),
+        "Tr Hess": ("trace", 1, ".4g"),
+        "lambda_max": ("lambda_max", 1, ".4g"),
+        "lambda_min": ("lambda_min", 1, ".3g"),
+    }
+    shown = {"none": none} | {method: best_of(points) for method, points in numbers.items()}
+    lines = [["", "strength", *columns]]
+    for method, point in shown.items():
+        cells = [arms.spread([k * record[name] for record in point["trials"]], f) for name, k, f in columns.values()]
+        lines.append([METHODS[method][0] if method in METHODS else "none", f"{point['strength']:g}", *cells])
+    arms.print_columns(lines)
+    errors = {method: [record["test_error"] for record in point["trials"]] for method, point in shown.items()}
+    print(f"on the test images, p multiplied by the {len(METHODS)} tests:")
+    for method, (words, _) in METHODS.items():
+        print(arms.judge(Claim(method, "none", f"{words}, as chosen, lowers the test error"), errors, len(METHODS)))
