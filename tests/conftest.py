@@ -1,4 +1,4 @@
-"""Settings for all tests: a compilation cache on disk, no implicit rank promotion, warnings as errors (pyproject)."""
+"""Settings for all tests: eight devices, a compilation cache on disk, no implicit rank promotion, warnings as errors."""
 
 import os
 import pathlib
@@ -8,6 +8,7 @@ import pytest
 
 CACHE = pathlib.Path(os.environ.get("JAXHESS_TEST_CACHE", pathlib.Path(__file__).parent.parent / ".cache" / "jax"))
 
+jax.config.update("jax_num_cpu_devices", 8)  # what says nothing of devices runs on the first alone
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_numpy_rank_promotion", "raise")
