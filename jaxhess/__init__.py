@@ -24,7 +24,10 @@ from jaxhess.regularizer import hessian_trace_penalty as hessian_trace_penalty
 from jaxhess.spectrum import Spectrum as Spectrum
 from jaxhess.spectrum import layer_spectra as layer_spectra
 from jaxhess.spectrum import spectrum as spectrum
+from jaxhess.structure import ClassStructure as ClassStructure
+from jaxhess.structure import class_structure as class_structure
 from jaxhess.structure import ggn_eigenvalues as ggn_eigenvalues
+from jaxhess.structure import layer_class_structures as layer_class_structures
 from jaxhess.summary import Record as Record
 from jaxhess.summary import Summary as Summary
 from jaxhess.summary import summarize as summarize

@@ -1,10 +1,10 @@
-"""Exact spectra of the Gauss-Newton matrix from its Gram matrix."""
+"""The Gauss-Newton matrix through its Gram matrix: exact spectra, and its structure by classes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import scipy.linalg
 
 from jaxhess.batches import Batches
 from jaxhess.layers import Layer, find_layers, layer_names
-from jaxhess.objective import Objective, check_factor, output_factor_product
+from jaxhess.objective import CrossEntropy, Objective, check_factor, output_factor_product
 from jaxhess.operators import prepare
 from jaxhess.trace import random_like
 
@@ -34,7 +34,8 @@ def ggn_eigenvalues(
 
     With B B' = S the matrix G = (J' B)(J' B)' has the non-zero eigenvalues of the Gram matrix (J' B)' (J' B), whose
     side is the number of examples times C. Cheap while that is a few thousand; use `layer_spectra` beyond. The
-    Gram matrix is summed over layers and built in blocks of rows: no Jacobian of the whole net is ever held.
+    Gram matrix is summed over layers and built from the rows of a few examples at a time: the Jacobian of the whole
+    batch is held only where it fits in ``max_bytes``.
 
     Where examples do not depend on each other (the outputs of an example alone are its outputs in the batch), each
     row is differentiated through its own example only; otherwise (batch norm in training mode) through the batch.
@@ -44,8 +45,9 @@ def ggn_eigenvalues(
       params, has_aux: as for `hessian`.
       batch: one batch.
       layer: a name from `layer_names`; by default the whole net.
-      max_bytes: memory for rows of the largest layer's Jacobian.
-      progress: ``progress(done, total)`` in blocks of the Gram matrix.
+      max_bytes: memory for rows of the Jacobian, at least those of one example; with less of it, rows are computed
+        more often.
+      progress: ``progress(done, total)`` in examples.
 
     Returns:
       (r,) float64, descending; values that rounding cannot tell from zero are left out.
@@ -79,6 +81,206 @@ def gram_eigenvalues(
     only_total: bool = False,
 ) -> dict[str, np.ndarray]:
     """The non-zero eigenvalues of each layer's G_l (if wanted) and of their sum, "total"; see `ggn_eigenvalues`."""
+    grams = _gram_matrices(loss, params, batch, layers, max_bytes, progress)
+    if only_total:
+        grams = {"total": grams["total"]}
+    return {name: _nonzero(gram, 10 * _eps(params)) for name, gram in grams.items()}
+
+
+class ClassStructure(NamedTuple):
+    """G, or one layer's G_l, taken apart by the class c of the example and the class c' of the output.
+
+    G = sum_i sum_c' w_i,c' d_i,c' d_i,c'' over all examples i, with d_i,c' = J_i' (e_c' - p_i) and w_i,c' = p_i,c' / N.
+    The vectors are given by coordinates in an orthonormal basis of what they span, the same for all: distances and
+    angles are those of parameter space.
+
+    Attributes:
+      weights: (C, C) float64, w_c,c' = sum of w_i,c' over the examples of class c.
+      pairs: (C, C, r) float64, delta_c,c', the weighted mean of d_i,c' over the examples of class c.
+      classes: (C, r) float64, delta_c, the weighted mean of delta_c,c' over c' != c; over all c' it would be zero.
+      traces: {part: float} of the parts "class" (sum_c w_c delta_c delta_c'), "cross_class" (the delta_c,c' around
+        delta_c), "within_class" (the d_i,c' around delta_c,c'), "same_class" (c' = c), and of "total", their sum, G.
+      eigenvalues: {part: float64, descending}, the non-zero ones.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxhess as jh
+      >>> objective = jh.Objective(lambda w, batch: batch["x"] @ w, jh.cross_entropy)
+      >>> found = jh.class_structure(objective, jnp.zeros((2, 2)), {"x": jnp.eye(2), "label": jnp.array([0, 1])}, 2)
+      >>> found.pairs.shape, found.classes.shape
+      ((2, 2, 2), (2, 2))
+    """
+
+    weights: np.ndarray
+    pairs: np.ndarray
+    classes: np.ndarray
+    traces: dict[str, float]
+    eigenvalues: dict[str, np.ndarray]
+
+
+def class_structure(
+    objective: Objective,
+    params: PyTree,
+    batch: PyTree,
+    num_classes: int,
+    layer: str | None = None,
+    *,
+    weighting: str = "p",
+    max_bytes: int = 2**30,
+    progress: Callable[[int, int], None] | None = None,
+    has_aux: bool = False,
+) -> ClassStructure:
+    """How the classes build up G, or one layer's G_l.
+
+    G = G_class + G_cross_class + G_within_class + G_same_class, from the Gram matrix, so that no vector of the
+    parameters' length is kept; the batch must be as small as for `ggn_eigenvalues`.
+
+    Args:
+      objective: an `Objective` with `CrossEntropy`.
+      params, has_aux: as for `hessian`.
+      batch: one batch with an example of every class.
+      num_classes: C, the last axis of the outputs.
+      layer: a name from `layer_names`; by default the whole net.
+      weighting: "p": w_i,c' = p_i,c' / N as in Papyan's later paper; or "legacy_sqrt_p": vectors
+        sqrt(p_i,c') J_i' (e_c' - p_i) with equal weights 1 / N, as in Papyan 2019 and the code released with the paper.
+        Either way the parts add up to G.
+      max_bytes, progress: as for `ggn_eigenvalues`.
+
+    Returns:
+      `ClassStructure`.
+
+    Raises:
+      TypeError, ValueError: as `ggn_eigenvalues`; TypeError for another criterion; ValueError if ``num_classes`` is
+        not that of the outputs, a class has no example in the batch, or the weighting is unknown.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxhess as jh
+      >>> objective = jh.Objective(lambda w, batch: batch["x"] @ w, jh.cross_entropy)
+      >>> batch = {"x": jnp.eye(4), "label": jnp.array([0, 1, 0, 1])}
+      >>> found = jh.class_structure(objective, jnp.zeros((4, 2)), batch, 2)
+      >>> {part: round(value, 4) for part, value in found.traces.items()}
+      {'class': 0.125, 'cross_class': 0.0, 'within_class': 0.125, 'same_class': 0.25, 'total': 0.5}
+
+    Reference: Papyan 2019, Measurements of three-level hierarchical structure; Papyan 2020, Traces of class/cross-class
+    structure pervade deep learning spectra, section 4.
+    """
+    loss, params = prepare("ggn", objective, params, batch, has_aux)
+    layers = find_layers(params, layer_names(params) if layer is None else [layer])
+    found = class_structures(loss, params, batch, num_classes, layers, weighting, max_bytes, progress, only_total=True)
+    return found["total"]
+
+
+def layer_class_structures(
+    objective: Objective,
+    params: PyTree,
+    batch: PyTree,
+    num_classes: int,
+    *,
+    weighting: str = "p",
+    max_bytes: int = 2**30,
+    progress: Callable[[int, int], None] | None = None,
+    has_aux: bool = False,
+) -> dict[str, ClassStructure]:
+    """How the classes build up the G_l of every layer and the G of the net, from one pass.
+
+    Args:
+      objective, params, batch, num_classes, weighting, max_bytes, progress, has_aux: as for `class_structure`.
+
+    Returns:
+      {layer: `ClassStructure`, ..., "total": ...}, layers in network order.
+
+    Raises:
+      TypeError, ValueError: as `class_structure`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxhess as jh
+      >>> objective = jh.Objective(lambda p, batch: batch["x"] @ p["a"]["w"] @ p["b"]["w"], jh.cross_entropy)
+      >>> params = {"a": {"w": jnp.eye(3)}, "b": {"w": jnp.ones((3, 2))}}
+      >>> batch = {"x": jnp.eye(3), "label": jnp.array([0, 1, 0])}
+      >>> found = jh.layer_class_structures(objective, params, batch, 2)
+      >>> {layer: round(structure.traces["total"], 4) for layer, structure in found.items()}
+      {'a': 0.0, 'b': 0.5, 'total': 0.5}
+
+    Reference: as `class_structure`; the paper, section 4.
+    """
+    loss, params = prepare("ggn", objective, params, batch, has_aux)
+    layers = find_layers(params, layer_names(params, loss, batch))
+    return class_structures(loss, params, batch, num_classes, layers, weighting, max_bytes, progress)
+
+
+def class_structures(loss, params, batch, num_classes, layers, weighting, max_bytes, progress, only_total=False):
+    """`ClassStructure` of each layer (if wanted) and of the layers together, "total"."""
+    if weighting not in ("p", "legacy_sqrt_p"):
+        raise ValueError(f"unknown weighting {weighting!r}; choose 'p' or 'legacy_sqrt_p'")
+    if not isinstance(loss.criterion, CrossEntropy):
+        raise TypeError(f"classes are those of cross-entropy; the criterion is {loss.criterion!r}")
+    probabilities = np.asarray(jax.nn.softmax(_predict(loss, params, batch)), np.float64)
+    classes = probabilities.shape[-1]
+    if num_classes != classes:
+        raise ValueError(f"num_classes = {num_classes}, but the outputs have {classes} classes; give that number")
+    probabilities, labels = probabilities.reshape(-1, classes), np.ravel(loss.criterion.labels(batch))
+    if missing := sorted(set(range(classes)) - set(labels.tolist())):
+        raise ValueError(f"classes {missing} have no example in the batch; give at least one of every class")
+    grams = _gram_matrices(loss, params, batch, layers, max_bytes, progress)
+    weights = (np.ones_like(probabilities) if weighting == "legacy_sqrt_p" else probabilities) / len(labels)
+    wanted = ["total"] if only_total else grams
+    return {name: _class_structure(grams[name], weights, labels, _eps(params)) for name in wanted}
+
+
+def _class_structure(gram, weights, labels, eps):
+    """From the Gram matrix of sqrt(w_i,c') d_i,c': every vector of the structure is a combination of these rows."""
+    count, classes = weights.shape
+    root = np.sqrt(weights)
+    member = np.eye(classes)[labels]  # (i, c)
+    pair_weights = member.T @ weights
+    class_weights = pair_weights.sum(1) - np.diag(pair_weights)
+    other = 1 - np.eye(classes)
+
+    # Combinations as matrices on the rows (i, c'): of delta_c,c', (c, c', i, c'), and of delta_c.
+    pairs = np.einsum("ic,ik,kl->ckil", member, root, np.eye(classes))
+    pairs /= _positive(pair_weights)[:, :, None, None]
+    means = np.einsum("ck,ckil->cil", pair_weights * other, pairs) / _positive(class_weights)[:, None, None]
+    flat = (-1, count * classes)
+    pairs, means = pairs.reshape(classes, classes, -1), means.reshape(flat)
+
+    around = np.sqrt(pair_weights)[:, :, None] * (pairs - means[:, None])
+    deviations = np.eye(count * classes) - (root[:, :, None] * pairs[labels]).reshape(-1, count * classes)
+    same = labels[:, None] == np.arange(classes)
+    parts = {
+        "class": np.sqrt(class_weights)[:, None] * means,
+        "cross_class": around[other > 0],
+        "within_class": deviations[~same.ravel()],
+        "same_class": np.eye(count * classes)[same.ravel()],
+    }
+    grams = {name: part @ gram @ part.T for name, part in parts.items()} | {"total": gram}
+    vectors = _coordinates(np.concatenate([pairs.reshape(flat), means]), gram, eps)
+    scale = scipy.linalg.eigvalsh(gram, subset_by_index=[len(gram) - 1] * 2)[0]
+    return ClassStructure(
+        weights=pair_weights,
+        pairs=vectors[: classes**2].reshape(classes, classes, -1),
+        classes=vectors[classes**2 :],
+        traces={name: float(np.trace(gram)) for name, gram in grams.items()},
+        eigenvalues={name: _nonzero(gram, 10 * eps, scale) for name, gram in grams.items()},
+    )
+
+
+def _coordinates(combinations, gram, eps):
+    """Vectors with the inner products of these combinations of the rows, in as few coordinates as hold them."""
+    values, vectors = scipy.linalg.eigh(combinations @ gram @ combinations.T)
+    keep = values > 10 * eps * max(values[-1], 0)
+    return (vectors[:, keep] * np.sqrt(values[keep]))[:, ::-1]
+
+
+def _positive(weights):
+    """What to divide by: one for a weight of zero, whose vectors then are zero."""
+    return np.where(weights > 0, weights, 1)
+
+
+def _gram_matrices(loss, params, batch, layers, max_bytes, progress):
+    """(J_l' B)' (J_l' B) of every layer and their sum, "total": float64, rows ordered by example, position, class.
+
+    The rows of as many examples as fit are held, and those of all later examples pass by them, one example at a
+    time: the cotangents of one example share its activations, so that its convolutions stay plain ones.
+    """
     if isinstance(batch, Batches):
         raise TypeError(
             "the Gram matrix pairs every example with every other and takes one batch, not Batches; "
@@ -89,38 +291,53 @@ def gram_eigenvalues(
     if not bool(jnp.isfinite(outputs).all()):
         raise ValueError("the outputs of predict are not finite; look for NaN or overflow in the batch or the network")
     check_factor(loss.criterion, outputs, batch)
-    split = _independent(loss, params, batch, outputs)
-    count = len(outputs) if split else outputs.size
+    independent = _independent(loss, params, batch, outputs)
+    # An example that depends on others has its rows differentiated through the batch, which takes as long as one.
+    count = len(outputs) if independent else outputs.size
     rows_each = outputs.size // count
-    widest = max(sum(x.nbytes for x in layer.arrays(params)) for layer in layers)
-    block = min(count, max(1, max_bytes // (2 * widest * rows_each)))
-    starts = range(0, count, block)
+    row_bytes = sum(x.nbytes for layer in layers for x in layer.arrays(params))
+    held = min(count, max(1, max_bytes // (row_bytes * rows_each)))
+    starts = range(0, count, held)
 
-    total = np.zeros((outputs.size, outputs.size))
-    grams = {} if only_total else {layer.name: np.zeros_like(total) for layer in layers}
-    pairs = [(a, b) for a in starts for b in starts if a <= b]
-    for done, (a, b) in enumerate(pairs, 1):
-        # One shape for all blocks; what is too many at the end is cut off again.
-        left, right = (np.minimum(np.arange(s, s + block), count - 1) for s in (a, b))
-        tiles = _gram_tiles(loss, layers, split, params, batch, left, None if a == b else right)
-        rows, columns = (slice(s * rows_each, min(s + block, count) * rows_each) for s in (a, b))
-        for layer, tile in zip(layers, tiles, strict=True):
-            tile = np.asarray(tile, np.float64)[: rows.stop - rows.start, : columns.stop - columns.start]
-            for gram in (total, grams[layer.name]) if layer.name in grams else (total,):
-                gram[rows, columns] += tile
-                if a != b:
-                    gram[columns, rows] += tile.T
+    def rows_of(i):
+        return _rows(loss, layers, independent, params, batch, i)
+
+    grams = {layer.name: np.zeros((outputs.size, outputs.size)) for layer in layers}
+    done, todo = 0, sum(count - start for start in starts)
+
+    def report():
+        nonlocal done
+        done += 1
         if progress is not None:
-            progress(done, len(pairs))
-    grams["total"] = total
-    # Rounding is that of the coarsest type on the way.
-    eps = max(float(jnp.finfo(jnp.result_type(x)).eps) for x in (outputs, *jax.tree.leaves(params)))
-    return {name: _nonzero(gram, 10 * eps) for name, gram in grams.items()}
+            progress(done, todo)
+
+    for start in starts:
+        stop = min(start + held, count)
+        block = slice(start * rows_each, stop * rows_each)
+        kept = [jnp.zeros((held * rows_each, *x.shape[1:]), x.dtype) for x in jax.eval_shape(rows_of, start)]
+        for i in range(start, stop):
+            kept = _keep(kept, rows_of(i), (i - start) * rows_each)
+            report()
+        for gram, tile in zip(grams.values(), _products(kept, kept), strict=True):
+            gram[block, block] = np.asarray(tile)[: block.stop - block.start, : block.stop - block.start]
+        for i in range(stop, count):
+            columns = slice(i * rows_each, (i + 1) * rows_each)
+            for gram, tile in zip(grams.values(), _products(kept, rows_of(i)), strict=True):
+                gram[block, columns] = np.asarray(tile)
+                gram[columns, block] = gram[block, columns].T
+            report()
+    return grams | {"total": sum(grams.values())}
 
 
-def _nonzero(gram, rtol):
+def _eps(params):
+    """Rounding of the coarsest type on the way."""
+    return max(float(jnp.finfo(jnp.result_type(x)).eps) for x in jax.tree.leaves(params))
+
+
+def _nonzero(gram, rtol, scale=None):
+    """Eigenvalues, descending, that are not zero beside the scale: the largest one unless given."""
     values = scipy.linalg.eigvalsh(gram)[::-1]
-    return values[values > rtol * max(values[0], 0)]
+    return values[values > rtol * (max(values[0], 0) if scale is None else scale)]
 
 
 @partial(jax.jit, static_argnums=0)
@@ -168,42 +385,46 @@ def _example(batch, count, i):
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _gram_tiles(loss, layers, independent, params, batch, left, right):
-    """For each layer the inner products of the rows of B' J_l at two sets of examples (or of single rows)."""
-    shape = jax.eval_shape(loss.predict, params, batch)
-    count, classes = shape.shape[0], shape.shape[-1]
+def _rows(loss, layers, independent, params, batch, i):
+    """For each layer the rows of B' J_l, (rows, dim), of one example, or the one row of an entry of the outputs."""
 
     def factor(outputs, noise):
         return output_factor_product(loss.criterion, outputs, batch, noise)
 
-    def rows_of_example(columns, i):
-        """One row for each position and class; B is block diagonal, so one product served all positions."""
-        mine = columns[:, i].reshape(classes, -1, classes)
-        places = jnp.eye(mine.shape[1], dtype=mine.dtype)
-        cotangents = places[:, None, :, None] * mine[None]  # (position, class, position, output)
-        pull = jax.vjp(lambda p: loss.predict(p, _example(batch, count, i)), params)[1]
-        return jax.vmap(lambda c: pull(c.reshape(1, *shape.shape[1:]))[0])(cotangents.reshape(-1, *mine.shape[1:]))
-
-    def row_of_batch(outputs, pull, i):
-        basis = jnp.zeros(outputs.size, outputs.dtype).at[i].set(1).reshape(outputs.shape)
-        return pull(factor(outputs, basis))[0]
-
-    def rows(ids):
-        outputs, pull = jax.vjp(lambda p: loss.predict(p, batch), params)
-        if not independent:
-            return jax.vmap(partial(row_of_batch, outputs, pull))(ids)
-        basis = jnp.eye(classes, dtype=outputs.dtype)
-        columns = jax.vmap(lambda e: factor(outputs, jnp.broadcast_to(e, outputs.shape)))(basis)
-        stacked = jax.vmap(partial(rows_of_example, columns))(ids)
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stacked)
-
-    def tile(layer, a, b):
-        pick = [layer._replace(scan_index=None).arrays(side) for side in (a, b)]
-        if layer.scan_index is not None:  # the rows stand before the axis of scanned layers
-            pick = [[x[:, layer.scan_index] for x in side] for side in pick]
-        return sum(x.reshape(len(x), -1) @ y.reshape(len(y), -1).T for x, y in zip(*pick, strict=True))
-
     with jax.default_matmul_precision("float32"):
-        a = rows(left)
-        b = a if right is None else rows(right)
-        return [tile(layer, a, b) for layer in layers]
+        if independent:
+            outputs = loss.predict(params, batch)
+            count, classes = outputs.shape[0], outputs.shape[-1]
+            basis = jnp.eye(classes, dtype=outputs.dtype)
+            # B is block diagonal: one product for each class serves all examples and positions.
+            columns = jax.vmap(lambda e: factor(outputs, jnp.broadcast_to(e, outputs.shape)))(basis)
+            mine = columns[:, i].reshape(classes, -1, classes)
+            places = jnp.eye(mine.shape[1], dtype=mine.dtype)
+            cotangents = places[:, None, :, None] * mine[None]  # (position, class, position, output)
+            cotangents = cotangents.reshape(-1, 1, *outputs.shape[1:])
+            pull = jax.vjp(lambda p: loss.predict(p, _example(batch, count, i)), params)[1]
+        else:
+            outputs, pull = jax.vjp(lambda p: loss.predict(p, batch), params)
+            noise = jnp.zeros(outputs.size, outputs.dtype).at[i].set(1).reshape(outputs.shape)
+            cotangents = factor(outputs, noise)[None]
+        gradients = jax.vmap(lambda c: pull(c)[0])(cotangents)
+
+    def row(layer):
+        arrays = layer._replace(scan_index=None).arrays(gradients)
+        if layer.scan_index is not None:  # the rows stand before the axis of scanned layers
+            arrays = [x[:, layer.scan_index] for x in arrays]
+        return jnp.concatenate([x.reshape(len(x), -1) for x in arrays], axis=1)
+
+    return [row(layer) for layer in layers]
+
+
+@partial(jax.jit, donate_argnums=0)
+def _keep(kept, rows, start):
+    """The kept rows with those of one example more, in place."""
+    return [jax.lax.dynamic_update_slice(x, y, (start, 0)) for x, y in zip(kept, rows, strict=True)]
+
+
+@jax.jit
+def _products(left, right):
+    with jax.default_matmul_precision("float32"):
+        return [x @ y.T for x, y in zip(left, right, strict=True)]

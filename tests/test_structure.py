@@ -2,6 +2,7 @@
 
 import helpers
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -104,6 +105,116 @@ def test_a_shared_array_as_long_as_the_batch_is_not_cut_apart(x64):
     assert_exact(helpers.Problem(jh.Objective(predict, jh.cross_entropy), p.params, batch))
 
 
+# ---- classes ----
+
+
+def example_vectors(p, layer):
+    """All d_i,c' = J_i' (e_c' - p_i), (rows, C, dim), of a row of the outputs each, with p (rows, C) and labels."""
+    flat, unravel = jax.flatten_util.ravel_pytree(p.params)
+    outputs = p.objective.predict(p.params, p.batch)
+    classes = outputs.shape[-1]
+    slopes = jax.jacrev(lambda w: p.objective.predict(unravel(w), p.batch).reshape(-1, classes))(flat)
+    slopes = np.asarray(slopes)[:, :, helpers.positions(p.params, layer)]
+    probabilities = helpers.softmax(np.asarray(outputs).reshape(-1, classes))
+    centred = np.eye(classes) - probabilities[:, None]  # e_c' - p_i
+    return np.einsum("ikc,icd->ikd", centred, slopes), probabilities, np.ravel(p.batch["label"])
+
+
+def parts_by_hand(vectors, weights, labels):
+    """The definitions, example by example: weights, delta_c,c', delta_c, and the parts as dense matrices."""
+    classes, dim = vectors.shape[1:]
+    w, pairs, means = np.zeros((classes, classes)), np.zeros((classes, classes, dim)), np.zeros((classes, dim))
+    parts = {name: np.zeros((dim, dim)) for name in ("class", "cross_class", "within_class", "same_class")}
+    for c in range(classes):
+        mine = np.flatnonzero(labels == c)
+        for k in range(classes):
+            w[c, k] = weights[mine, k].sum()
+            pairs[c, k] = sum(weights[i, k] * vectors[i, k] for i in mine) / w[c, k]
+        others = [k for k in range(classes) if k != c]
+        total = w[c, others].sum()
+        means[c] = sum(w[c, k] * pairs[c, k] for k in others) / total
+        parts["class"] += total * np.outer(means[c], means[c])
+        for k in others:
+            parts["cross_class"] += w[c, k] * np.outer(pairs[c, k] - means[c], pairs[c, k] - means[c])
+            for i in mine:
+                rest = vectors[i, k] - pairs[c, k]
+                parts["within_class"] += weights[i, k] * np.outer(rest, rest)
+        for i in mine:
+            parts["same_class"] += weights[i, c] * np.outer(vectors[i, c], vectors[i, c])
+    return w, pairs, means, parts
+
+
+def labelled(name):
+    """A problem with every class among its labels."""
+    p = problem(name)
+    classes = jax.eval_shape(p.objective.predict, p.params, p.batch).shape[-1]
+    label = np.arange(p.batch["label"].size, dtype=np.int32).reshape(p.batch["label"].shape)
+    return helpers.Problem(p.objective, p.params, p.batch | {"label": label % classes})
+
+
+@pytest.mark.parametrize("weighting", ["p", "legacy_sqrt_p"])
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [("softmax regression", None), ("mlp", None), ("mlp", "fc1"), ("sequence", None), ("batch norm", "norm")],
+)
+def test_classes_by_their_definitions(name, layer, weighting, x64):
+    p = labelled(name).cast(jnp.float64)
+    vectors, probabilities, labels = example_vectors(p, layer)
+    weights = probabilities / len(labels)
+    if weighting == "legacy_sqrt_p":
+        vectors, weights = vectors * np.sqrt(probabilities)[..., None], np.full_like(weights, 1 / len(labels))
+    w, pairs, means, parts = parts_by_hand(vectors, weights, labels)
+    classes = vectors.shape[1]
+    found = jh.class_structure(p.objective, p.params, p.batch, classes, layer, weighting=weighting)
+
+    np.testing.assert_allclose(found.weights, w, rtol=1e-10)
+    together = np.concatenate([pairs.reshape(classes**2, -1), means])
+    coordinates = np.concatenate([found.pairs.reshape(classes**2, -1), found.classes])
+    scale = np.abs(together @ together.T).max()
+    np.testing.assert_allclose(coordinates @ coordinates.T, together @ together.T, atol=1e-9 * scale)
+    ggn = helpers.dense(p, "ggn", layer)
+    np.testing.assert_allclose(sum(parts.values()), ggn, atol=1e-12 * np.abs(ggn).max())
+    for part, matrix in (parts | {"total": ggn}).items():
+        assert found.traces[part] == pytest.approx(np.trace(matrix), rel=1e-9, abs=1e-12)
+        exact = np.linalg.eigvalsh(matrix)[::-1]
+        values = found.eigenvalues[part]
+        np.testing.assert_allclose(values, exact[: len(values)], atol=1e-10 * np.abs(ggn).max())
+        np.testing.assert_allclose(exact[len(values) :], 0, atol=1e-10 * np.abs(ggn).max())
+
+
+def test_over_all_outputs_the_weighted_mean_is_zero_and_over_the_others_it_is_not(x64):
+    p = labelled("mlp").cast(jnp.float64)
+    found = jh.class_structure(p.objective, p.params, p.batch, 3)
+    everything = np.einsum("ck,ckr->cr", found.weights, found.pairs)
+    np.testing.assert_allclose(everything, 0, atol=1e-6 * np.abs(found.pairs).max())
+    assert (np.linalg.norm(found.classes, axis=1) > 0.1).all()
+
+
+def test_all_layers_from_one_pass():
+    p = labelled("mlp")
+    found = jh.layer_class_structures(p.objective, p.params, p.batch, 3)
+    assert list(found) == ["fc1", "fc2", "total"]
+    for layer in ("fc1", "fc2", None):
+        one = jh.class_structure(p.objective, p.params, p.batch, 3, layer)
+        many = found[layer or "total"]
+        for part, trace in one.traces.items():
+            assert many.traces[part] == pytest.approx(trace, rel=1e-4)
+    parts = ("class", "cross_class", "within_class", "same_class")
+    for structure in found.values():
+        assert sum(structure.traces[part] for part in parts) == pytest.approx(structure.traces["total"], rel=1e-5)
+    for part in (*parts, "total"):
+        assert found["fc1"].traces[part] + found["fc2"].traces[part] == pytest.approx(found["total"].traces[part])
+
+
+def test_probabilities_that_underflow_leave_zeros_not_nan():
+    p = labelled("mlp")
+    params = jax.tree.map(lambda x: 100 * x, p.params)
+    found = jh.class_structure(p.objective, params, p.batch, 3)
+    assert found.weights.min() == 0
+    for values in (found.pairs, found.classes, *found.traces.values(), *found.eigenvalues.values()):
+        assert np.isfinite(values).all()
+
+
 # ---- what is refused ----
 
 
@@ -117,6 +228,22 @@ def test_a_shared_array_as_long_as_the_batch_is_not_cut_apart(x64):
             lambda p: jh.ggn_eigenvalues(jh.Objective(helpers.mlp, lambda o, b: -jnp.mean(o**2)), p.params, p.batch),
             ValueError,
             "not convex",
+        ),
+        (lambda p: jh.class_structure(p.objective, p.params, p.batch, 4), ValueError, "num_classes = 4.*have 3"),
+        (
+            lambda p: jh.class_structure(p.objective, p.params, p.batch | {"label": np.zeros(7, np.int32)}, 3),
+            ValueError,
+            r"classes \[1, 2\] have no example",
+        ),
+        (
+            lambda p: jh.class_structure(p.objective, p.params, p.batch, 3, weighting="q"),
+            ValueError,
+            "unknown weighting 'q'",
+        ),
+        (
+            lambda p: jh.class_structure(jh.Objective(helpers.mlp, helpers.softplus_sum), p.params, p.batch, 3),
+            TypeError,
+            "classes are those of cross-entropy",
         ),
     ],
 )
