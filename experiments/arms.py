@@ -226,7 +226,7 @@ def final(
     """What the tables say of a trained net, and the spectrum of its Hessian."""
     train_loss, train_error = evaluate(model, trained.params, trained.batch_stats, dataset, dataset.train)
     batch, keys = (
-        measure.measure_batch(dataset, config.images_per_class, trained),
+        measure.measure_batch(dataset, config.images_per_class, trained.batch_stats),
         jax.random.split(jax.random.key(seed)),
     )
     trace = jh.layer_traces(objective(model), trained.params, batch, key=keys[0], num_probes=config.num_probes)["total"]
@@ -249,7 +249,7 @@ def final(
 
 
 def print_table(out_dir: pathlib.Path, claims: Sequence[Claim]) -> None:
-    """Prints the table of the saved numbers, and what they say of the paper's claims."""
+    """Prints the table of the saved numbers and what they say of the paper's claims, and draws the mean densities."""
     config, numbers = results.load_json(out_dir / "config.json"), results.load_json(out_dir / "numbers.json")
     paper = row(config["model"], config["dataset"]).paper
     length = config["epochs"] or f"{row(config['model'], config['dataset']).epochs} (the preset's)"
@@ -274,9 +274,22 @@ def print_table(out_dir: pathlib.Path, claims: Sequence[Claim]) -> None:
     print_columns(lines)
     for claim in claims:
         print(judge(claim, {arm: [r[claim.metric] for r in records] for arm, records in numbers.items()}))
+    spectra = results.load_arrays(out_dir / "spectra.npz")
+    merged = {ARMS[arm]: {"total": _merged(measure.unpack(spectra, arm).values())} for arm in numbers}
+    plot.save(plot.log_densities(merged, f"Hessian at the end of training; {title(config)}"), out_dir / "figure.png")
     skipped = {ARMS[arm]: sum(r["skipped"] for r in records) for arm, records in numbers.items()}
     if any(skipped.values()):
         print(f"penalties left out because they were not finite: {skipped}")
+
+
+def _merged(spectra):
+    """The mean of the spectra of several trials."""
+    spectra = list(spectra)
+    nodes, weights, residuals = (
+        np.concatenate([getattr(spectrum, field) for spectrum in spectra])
+        for field in ("nodes", "weights", "residuals")
+    )
+    return jh.Spectrum(nodes, weights / len(spectra), spectra[0].dim, spectra[0].num_steps, residuals)
 
 
 def print_columns(lines: Sequence[Sequence[str]]) -> None:
@@ -341,8 +354,7 @@ class LayerTraces:
 
     def __call__(self, epoch, params, batch_stats):
         """{"trace/LAYER": value, ..., "trace/total": value}."""
-        split = data.per_class(self.dataset.train, self.images_per_class, self.dataset.num_classes)
-        batch = self.dataset.batch(split) | ({"batch_stats": batch_stats} if batch_stats else {})
+        batch = measure.measure_batch(self.dataset, self.images_per_class, batch_stats)
         key = jax.random.fold_in(jax.random.key(self.seed), epoch)
         traces = jh.layer_traces(
             objective(self.model), params, batch, key=key, num_probes=self.num_probes, curvature="ggn"

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
+import scipy.stats
 from tqdm import tqdm
 
 import jaxhess as jh
 from experiments.data import Dataset, per_class
-from experiments.train import Trained, objective
+from experiments.train import objective
 
 PyTree = Any
+GRAM_ROWS = 2000
 _FIELDS = ("nodes", "weights", "residuals", "dim", "num_steps")
 
 
-def measure_batch(dataset: Dataset, images_per_class: int, trained: Trained) -> PyTree:
+def measure_batch(dataset: Dataset, images_per_class: int, batch_stats: PyTree) -> PyTree:
     """The first training images of every class, and the batch statistics of a net, as a batch for `objective`."""
     batch = dataset.batch(per_class(dataset.train, images_per_class, dataset.num_classes))
-    return batch | ({"batch_stats": trained.batch_stats} if trained.batch_stats else {})
+    return batch | ({"batch_stats": batch_stats} if batch_stats else {})
 
 
 def spectra(
@@ -34,11 +36,13 @@ def spectra(
     num_steps: int = 128,
     num_draws: int = 1,
     curvatures: tuple[str, ...] = ("hessian", "ggn"),
+    layers: Sequence[str] | None = None,
     progress: bool = True,
 ) -> dict[str, dict[str, jh.Spectrum]]:
     """Spectra of every layer and of the whole net, for several curvatures.
 
-    All start from the same vectors, so that where two curvatures agree their spectra do.
+    That of the GGN is exact, from its Gram matrix, where this has no more than `GRAM_ROWS` rows. Those by Lanczos all
+    start from the same vectors, so that where two curvatures agree their spectra do.
 
     Args:
       model: a net of `experiments.models`.
@@ -48,12 +52,13 @@ def spectra(
       num_steps: Lanczos steps of each draw.
       num_draws: start vectors of each spectrum; the weights of one draw are random by themselves.
       curvatures: of "hessian", "ggn" and "functional".
+      layers: names of the layers that are wanted; all by default.
       progress: whether to show progress bars.
 
     Returns:
       {curvature: {layer: `jaxhess.Spectrum`, ..., "total": ...}}.
     """
-    found = {}
+    found, rows = {}, jax.eval_shape(objective(model).predict, params, batch).size
     for curvature in curvatures:
         with progress_bar(f"spectra, {curvature}", progress) as report:
             found[curvature] = jh.layer_spectra(
@@ -64,6 +69,8 @@ def spectra(
                 num_steps=num_steps,
                 num_draws=num_draws,
                 curvature=curvature,
+                method="gram" if curvature == "ggn" and rows <= GRAM_ROWS else "lanczos",
+                layers=layers,
                 progress=report,
             )
     return found
@@ -76,8 +83,9 @@ def distances(spectra: Mapping[str, jh.Spectrum]) -> dict[str, dict[str, float]]
       spectra: {layer: `jaxhess.Spectrum`, ..., "total": ...}.
 
     Returns:
-      {"wasserstein": {layer: float}, "jensen_shannon": ..., "kl_divergence": ...}: the first two normalised to
-      [0, 1], the last in nats, of the layer from the whole.
+      {"wasserstein": {layer: float}, "jensen_shannon": ..., "kl_divergence": ..., "legacy_wasserstein": ...}: the
+      first two normalised to [0, 1], the third in nats, of the layer from the whole; for the last see
+      `legacy_wasserstein`.
     """
     total = spectra["total"]
     layers = [name for name in spectra if name != "total"]
@@ -85,7 +93,16 @@ def distances(spectra: Mapping[str, jh.Spectrum]) -> dict[str, dict[str, float]]
         "wasserstein": {name: jh.wasserstein(spectra[name], total, normalize=True) for name in layers},
         "jensen_shannon": {name: jh.jensen_shannon(spectra[name], total, normalize=True) for name in layers},
         "kl_divergence": {name: jh.kl_divergence(spectra[name], total) for name in layers},
+        "legacy_wasserstein": {name: legacy_wasserstein(spectra[name], total) for name in layers},
     }
+
+
+def legacy_wasserstein(a: jh.Spectrum, b: jh.Spectrum) -> float:
+    """What the code released with the paper calls Wasserstein distance, for comparison only.
+
+    It takes the values of the two density curves, each on its own grid, for samples: eigenvalues play no part.
+    """
+    return float(scipy.stats.wasserstein_distance(a.density()[1], b.density()[1]))
 
 
 def pack(spectra: Mapping[str, jh.Spectrum], prefix: str) -> dict[str, np.ndarray]:

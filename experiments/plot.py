@@ -23,6 +23,15 @@ LABELS = {
     "functional": r"$H$",
     "lenet": "LeNet",
     "mlp": "MLP",
+    "vgg11": "VGG11",
+    "vgg13": "VGG13",
+    "vgg16": "VGG16",
+    "vgg11_bn": "VGG11-BN",
+    "vgg13_bn": "VGG13-BN",
+    "vgg16_bn": "VGG16-BN",
+    "resnet18": "ResNet18",
+    "resnet18_noskip": "ResNet18 without skips",
+    "densenet": "DenseNet-40-12",
     "mnist": "MNIST",
     "fashion_mnist": "Fashion-MNIST",
     "cifar10": "CIFAR-10",
@@ -33,6 +42,7 @@ METRICS = {
     "wasserstein": "Wasserstein (normalised)",
     "jensen_shannon": "Jensen-Shannon (normalised)",
     "kl_divergence": "KL(layer || net), nats",
+    "legacy_wasserstein": 'legacy "Wasserstein"',
 }
 _STYLE = {"fontsize": 8}
 
@@ -79,7 +89,8 @@ def layer_distances(distances: Mapping[str, Mapping[str, Mapping[str, float]]], 
     """One panel a distance, one line a net: the distance of every layer's spectrum to the whole net's.
 
     Args:
-      distances: {net: {"wasserstein": {layer: float}, "jensen_shannon": ..., "kl_divergence": ...}}.
+      distances: {net: {metric: {layer: [float, ...]}}}, metrics as in `METRICS`, of each draw and trial; mean and
+        standard deviation are drawn.
       title: what was run.
 
     Returns:
@@ -89,14 +100,16 @@ def layer_distances(distances: Mapping[str, Mapping[str, Mapping[str, float]]], 
     nets = {net: list(metrics["wasserstein"]) for net, metrics in distances.items()}
     shared = next(iter(nets.values()))
     same = all(layers == shared for layers in nets.values())
-    figure, axes = _panels(1, len(METRICS), title)
+    figure, axes = _panels(2, 2, title)
     for axis, (metric, words) in zip(axes, METRICS.items(), strict=True):
         for i, (net, layers) in enumerate(nets.items()):
             depth = np.arange(len(layers)) if same else np.linspace(0, 1, len(layers))
             values = [distances[net][metric][layer] for layer in layers]
-            axis.plot(
+            axis.errorbar(
                 depth,
-                values,
+                np.mean(values, 1),
+                np.std(values, 1, ddof=len(values[0]) > 1),
+                capsize=2,
                 color=COLORS[i % len(COLORS)],
                 marker=MARKERS[i % len(MARKERS)],
                 linestyle=DASHES[i % len(DASHES)],
@@ -115,22 +128,30 @@ def layer_distances(distances: Mapping[str, Mapping[str, Mapping[str, float]]], 
     return figure
 
 
-def over_epochs(panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], title: str) -> Figure:
+def over_epochs(
+    panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]],
+    title: str,
+    epochs: Mapping[str, Sequence[int]] | None = None,
+) -> Figure:
     """One panel a quantity, one line a setting: mean and standard deviation over trials, against epochs.
 
     Args:
       panels: {quantity: {setting: (trials, epochs)}}; with one value more the first is that before training.
       title: what was run.
+      epochs: {setting: the epochs of its values}, which are then drawn on a log scale; by default all up to the last.
 
     Returns:
       The figure.
     """
     figure, axes = _panels(1, len(panels), title)
-    epochs = min(len(trials[0]) for lines in panels.values() for trials in lines.values())
+    last = min(len(trials[0]) for lines in panels.values() for trials in lines.values())
     for axis, (quantity, lines) in zip(axes, panels.items(), strict=True):
-        for (name, trials), color, dash in zip(lines.items(), COLORS, DASHES, strict=False):
-            _band(axis, trials, epochs, color=color, linestyle=dash, label=name)
+        for i, (name, trials) in enumerate(lines.items()):
+            x = np.arange(last + 1)[-len(trials[0]) :] if epochs is None else epochs[name]
+            _band(axis, x, trials, color=COLORS[i % len(COLORS)], linestyle=DASHES[i % len(DASHES)], label=name)
         axis.set_title(quantity, **_STYLE)
+        if epochs is not None:
+            axis.set_yscale("log")
     figure.supxlabel("epoch", **_STYLE)
     axes[0].legend(fontsize=7, frameon=False)
     return figure
@@ -151,12 +172,66 @@ def accuracies(numbers: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], t
     figure.set_size_inches(7.5, 4)
     shades = colormaps["viridis"](np.linspace(0, 0.9, max(1, len(numbers) - 1)))
     for (name, metrics), color in zip(numbers.items(), ["black", *shades], strict=True):
-        epochs = len(metrics["train_accuracy"][0])
-        _band(axis, metrics["train_accuracy"], epochs, color=color, label=name)
-        _band(axis, 1 - np.asarray(metrics["test_error"]), epochs, color=color, linestyle=DASHES[1])
+        epochs = np.arange(1, len(metrics["train_accuracy"][0]) + 1)
+        _band(axis, epochs, metrics["train_accuracy"], color=color, label=name)
+        _band(axis, epochs, 1 - np.asarray(metrics["test_error"]), color=color, linestyle=DASHES[1])
     axis.set_xlabel("epoch", **_STYLE)
     axis.set_ylabel("accuracy (solid: training, dashed: test)", **_STYLE)
     axis.legend(fontsize=7, frameon=False, ncols=2)
+    return figure
+
+
+def layers_over_epochs(
+    panels: Mapping[str, tuple[Sequence[int], Mapping[str, Sequence[Sequence[float]]]]], title: str
+) -> Figure:
+    """One panel a net, one line a layer from dark (first) to light (last), the whole net in black.
+
+    Args:
+      panels: {net: (epochs, {layer: lambda_max (trials, epochs), ..., "total": ...})}.
+      title: what was run.
+
+    Returns:
+      The figure.
+    """
+    figure, axes = _panels(1, len(panels), title, height=3.2)
+    for axis, (name, (epochs, layers)) in zip(axes, panels.items(), strict=True):
+        shades = colormaps["viridis"](np.linspace(0, 0.9, len(layers) - 1))
+        for (layer, trials), color in zip(layers.items(), [*shades, "black"], strict=True):
+            words = "full" if layer == "total" else layer
+            _band(axis, epochs, trials, color=color, label=words, linestyle=DASHES[layer == "total"])
+        axis.set_yscale("log")
+        axis.set_title(name, **_STYLE)
+        axis.legend(fontsize=6, frameon=False, ncols=2 if len(layers) > 8 else 1)
+    axes[0].set_ylabel(r"$\lambda_{\max}$", **_STYLE)
+    figure.supxlabel("epoch", **_STYLE)
+    return figure
+
+
+def clusters(panels: Mapping[str, tuple[np.ndarray, float]], classes: int, title: str) -> Figure:
+    """One panel a layer: points of C classes in the plane, C - 1 of each, and behind them one cross of each class.
+
+    Args:
+      panels: {layer: ((C (C - 1) + C, 2) points, their silhouette in the space that they were taken from)}; "total"
+        for the net.
+      classes: C.
+      title: what was run.
+
+    Returns:
+      The figure.
+    """
+    columns = min(3, len(panels))
+    figure, axes = _panels(-(-len(panels) // columns), columns, title, height=2.2)
+    colors = colormaps["tab10" if classes <= 10 else "gist_rainbow"](np.linspace(0, 1, classes))
+    labels = np.repeat(np.arange(classes), classes - 1)
+    for axis, (layer, (points, silhouette)) in zip(axes, panels.items(), strict=False):
+        axis.scatter(*points[:-classes].T, color=colors[labels], s=8, linewidths=0)
+        axis.scatter(*points[-classes:].T, color=colors, s=60, marker="X", edgecolors="black", linewidths=0.6)
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.spines[:].set_visible(True)
+        axis.set_title(f"{'full' if layer == 'total' else layer} (silhouette {silhouette:.2f})", **_STYLE)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
     return figure
 
 
@@ -218,15 +293,15 @@ def save(figure: Figure, path: pathlib.Path) -> None:
         figure.savefig(temporary, dpi=150)
 
 
-def _band(axis, trials, epochs, **style):
+def _band(axis, x, trials, **style):
     trials = np.asarray(trials)
-    x, mean, deviation = np.arange(epochs + 1)[-trials.shape[1] :], trials.mean(0), trials.std(0, ddof=len(trials) > 1)
+    mean, deviation = trials.mean(0), trials.std(0, ddof=len(trials) > 1)
     axis.plot(x, mean, linewidth=1.2, **style)
     axis.fill_between(x, mean - deviation, mean + deviation, color=style["color"], alpha=0.15, linewidth=0)
 
 
-def _panels(rows, columns, title):
-    figure = Figure(figsize=(7.5, 0.5 + 1.9 * rows), layout="constrained")
+def _panels(rows, columns, title, height=1.9):
+    figure = Figure(figsize=(7.5, 0.5 + height * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
         axis.tick_params(which="both", labelsize=7)

@@ -141,7 +141,7 @@ def _run(name, words):
 
 def _title(name, config):
     parts = (getattr(config, field, ()) for field in ("model", "dataset"))
-    words = ("+".join([part] if isinstance(part, str) else part).replace("/", "-") for part in parts)
+    words = ("+".join([part] if isinstance(part, str) else part).replace("/", "-").replace(":", "-") for part in parts)
     return "-".join([name, *filter(None, words)])
 
 

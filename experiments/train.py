@@ -323,6 +323,7 @@ def train_once(
     config: TrainConfig,
     out_dir: pathlib.Path,
     *,
+    options: Mapping[str, Any] | None = None,
     callback: Callable | None = None,
     progress: bool = True,
 ) -> tuple[nn.Module, Trained]:
@@ -337,6 +338,7 @@ def train_once(
       dataset: as for `train`.
       config: the settings; fields that a subclass adds to those of `TrainConfig` play no part in training.
       out_dir: folder of the results.
+      options: of the net, such as its width; part of the settings where there are any.
       callback: as for `train`; its ``repr`` is one of the settings, so a dataclass that shows all that matters.
       progress: whether to show a progress bar.
 
@@ -346,12 +348,13 @@ def train_once(
     Raises:
       ValueError: as `train` and `experiments.models.build`, or for a damaged file.
     """
-    model = models.build(name, dataset.num_classes)
-    recipe, path = _kept_as(name, dataset, config, out_dir, callback)
+    model = models.build(name, dataset.num_classes, **(options or {}))
+    recipe, path = _kept_as(name, dataset, config, out_dir, callback, options)
     folder = path.with_suffix(".checkpoints")
     if kept := results.find(path):
         checkpoints.remove(folder)
         tree = unflatten_dict(results.load_arrays(kept), sep="/")
+        tree["records"] = flatten_dict(tree.get("records", {}), sep="/")  # names such as "trace/conv1"
         parts = (
             tree[part] if part in ("params", "history", "step_loss") else tree.get(part, {}) for part in Trained._fields
         )
@@ -367,8 +370,10 @@ def net_path(name: str, dataset: Dataset, config: TrainConfig, out_dir: pathlib.
     return _kept_as(name, dataset, config, out_dir)[1]
 
 
-def _kept_as(name, dataset, config, out_dir, callback=None):
+def _kept_as(name, dataset, config, out_dir, callback=None, options=None):
     settings = _settings(config)
+    if options:
+        settings["options"] = dict(options)
     if callback is not None:
         settings["callback"] = repr(callback)
     about = {"classes": dataset.num_classes, "images": len(dataset.train["label"])}  # tells samples and labels apart

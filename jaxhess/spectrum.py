@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -254,6 +254,7 @@ def layer_spectra(
     num_draws: int = 1,
     curvature: str = "hessian",
     method: str = "lanczos",
+    layers: Sequence[str] | None = None,
     reorthogonalize: bool = True,
     progress: Callable[[int, int], None] | None = None,
     has_aux: bool = False,
@@ -270,6 +271,7 @@ def layer_spectra(
       num_steps, num_draws, reorthogonalize: as for `spectrum`.
       curvature: "hessian", "ggn" or "functional".
       method: "lanczos", or for the GGN "gram": exact, from the Gram matrix (see `ggn_eigenvalues`).
+      layers: names of the layers that are wanted; all by default. A layer has the same spectrum either way.
       progress: ``progress(done, total)`` in Lanczos steps over all layers.
 
     Returns:
@@ -296,19 +298,22 @@ def layer_spectra(
     if method == "gram" and curvature != "ggn":
         raise ValueError(f"the Gram matrix gives the spectrum of the GGN only, not of {curvature!r}; use 'lanczos'")
     loss, params = prepare(curvature, objective, params, batch, has_aux)
-    layers = find_layers(params, layer_names(params, loss, batch))
+    every = find_layers(params, layer_names(params, loss, batch))
+    chosen = {layer.name for layer in (every if layers is None else find_layers(params, layers))}
+    wanted = {i: layer for i, layer in enumerate(every) if layer.name in chosen}
     if method == "gram":
-        values = gram_eigenvalues(loss, params, batch, layers, progress=progress)
-        sizes = {layer.name: dimension(layer.arrays(params)) for layer in layers} | {"total": dimension(params)}
+        values = gram_eigenvalues(loss, params, batch, every, progress=progress)
+        sizes = {layer.name: dimension(layer.arrays(params)) for layer in wanted.values()}
+        sizes["total"] = dimension(params)
         return {name: Spectrum.from_eigenvalues(values[name], size) for name, size in sizes.items()}
 
     product = _operator(curvature, loss, params, batch, None, False)
     if not isinstance(batch, Batches):
         product = linearize(product, like=params)
-    dims = [dimension(layer.arrays(params)) for layer in layers] + [dimension(params)]
+    dims = [dimension(layer.arrays(params)) for layer in wanted.values()] + [dimension(params)]
     counts = [_count_steps(dim, num_steps, num_draws, reorthogonalize) for dim in dims]
     total, before, spectra = sum(counts), 0, {}
-    for i, (layer, steps) in enumerate(zip((*layers, None), counts, strict=True)):
+    for (i, layer), steps in zip([*wanted.items(), (len(every), None)], counts, strict=True):
         spectra["total" if layer is None else layer.name] = spectrum(
             product if layer is None else _block(product, layer, params),
             like=params if layer is None else layer.take(params),

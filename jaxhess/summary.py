@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from jaxhess.distances import count_outliers, wasserstein
 from jaxhess.lanczos import dimension, tree_norm
-from jaxhess.layers import find_layers, layer_names
+from jaxhess.layers import subtree
 from jaxhess.objective import NoFactorError, Objective
 from jaxhess.operators import prepare
 from jaxhess.spectrum import Spectrum, layer_spectra
@@ -135,6 +135,7 @@ def summarize(
     key: jax.Array,
     num_probes: int = 64,
     num_steps: int = 64,
+    layers: Sequence[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
     has_aux: bool = False,
 ) -> Summary:
@@ -147,6 +148,7 @@ def summarize(
       num_probes: probes of each trace.
       num_steps: Lanczos steps of each spectrum. The residuals beside lambda_max and lambda_min say whether they
         were enough.
+      layers: names of the layers that are wanted; all by default.
       progress: as for `layer_spectra`.
 
     Returns:
@@ -172,12 +174,11 @@ def summarize(
     if isinstance(loss, Objective):
         with contextlib.suppress(NoFactorError):  # a criterion that is not convex: no column Tr G
             ggn_traces = layer_traces(loss, params, batch, key=ggn_key, num_probes=num_probes, curvature="ggn")
-    spectra = layer_spectra(loss, params, batch, key=key, num_steps=num_steps, progress=progress)
+    spectra = layer_spectra(loss, params, batch, key=key, num_steps=num_steps, layers=layers, progress=progress)
 
-    layers = {layer.name: layer.take(params) for layer in find_layers(params, layer_names(params, loss, batch))}
     records = {}
-    for name, weights in (layers | {"total": params}).items():
-        spec = spectra[name]
+    for name, spec in spectra.items():
+        weights = params if name == "total" else subtree(params, name)
         records[name] = Record(
             parameters=dimension(weights),
             trace=traces[name],

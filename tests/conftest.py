@@ -1,4 +1,4 @@
-"""Settings for all tests: eight devices, a compilation cache on disk, no implicit rank promotion, warnings as errors."""
+"""Settings for all tests: eight devices, a compilation cache on disk, no implicit rank promotion."""
 
 import os
 import pathlib

@@ -283,7 +283,7 @@ def test_batch_statistics_are_carried_and_used(made):
     assert not seen[0][1].any() and np.abs(seen[2][1] - seen[1][1]).max() > 0
     np.testing.assert_array_equal(trained.batch_stats["norm"]["mean"], seen[2][1])
 
-    batch = measure.measure_batch(made, 2, trained)
+    batch = measure.measure_batch(made, 2, trained.batch_stats)
     logits = train.objective(model).predict(trained.params, batch)
     variables = {"params": trained.params, "batch_stats": trained.batch_stats}
     np.testing.assert_array_equal(logits, model.apply(variables, batch["image"]))
@@ -405,7 +405,7 @@ def test_spectra_pack_and_unpack(tmp_path):
 
 
 def test_figures_of_several_nets_and_of_many_layers(tmp_path):
-    point = {metric: 0.5 for metric in plot.METRICS}
+    point = {metric: [0.5, 0.6] for metric in plot.METRICS}
     nets = {
         "a": {metric: dict.fromkeys(["fc1", "fc2"], value) for metric, value in point.items()},
         "b": {metric: dict.fromkeys(["conv1", "conv2", "fc"], value) for metric, value in point.items()},

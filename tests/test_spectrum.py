@@ -365,3 +365,15 @@ def test_layer_spectra_refuse(options, error, message):
     p = problem("mlp")
     with pytest.raises(error, match=message):
         jh.layer_spectra(p.objective, p.params, p.batch, key=jax.random.key(0), **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"curvature": "ggn", "method": "gram"}])
+def test_chosen_layers_are_those_of_all(options):
+    p = problem("batch norm")
+    every = jh.layer_spectra(p.objective, p.params, p.batch, key=jax.random.key(3), **options)
+    some = jh.layer_spectra(p.objective, p.params, p.batch, key=jax.random.key(3), layers=["fc2", "fc1"], **options)
+    assert list(some) == ["fc1", "fc2", "total"] and len(every) == 4
+    for layer, spectrum in some.items():
+        np.testing.assert_array_equal(spectrum.nodes, every[layer].nodes)
+    with pytest.raises(ValueError, match="fc9"):
+        jh.layer_spectra(p.objective, p.params, p.batch, key=jax.random.key(3), layers=["fc9"], **options)

@@ -4,7 +4,7 @@
 
 About 4 minutes for LeNet on two CPU cores, half of it training. Expected: a bulk at zero and some C outliers in every
 layer; the two curves of a layer of a ReLU net coincide, since f is affine in one layer's parameters, while for the
-whole net the Hessian has negative eigenvalues and G has none.
+whole net the Hessian has negative eigenvalues and G has none. ``curvatures=hessian,ggn,functional`` draws H_l too.
 """
 
 from __future__ import annotations
@@ -16,30 +16,23 @@ import time
 import jax
 
 import jaxhess as jh
-from experiments import data, measure, plot, results
-from experiments.train import TrainConfig, train_once
+from experiments import figures, measure, plot, results
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(TrainConfig):
-    """What to train as in `TrainConfig`, and what to measure.
+class Config(figures.Config):
+    """What to train as in `figures.Config`, and what to measure.
 
     Attributes:
-      epochs: passes over the training images.
       model: name of the net.
       dataset: name of the data set.
-      label: feature with the labels.
-      images_per_class: training images of each class that the curvature is measured on.
       num_steps: Lanczos steps of each spectrum.
       num_probes: probes of each trace.
       curvatures: spectra to draw, of "hessian", "ggn" and "functional".
     """
 
-    epochs: int = 10
     model: str = "lenet"
     dataset: str = "mnist"
-    label: str = "label"
-    images_per_class: int = 10
     num_steps: int = 128
     num_probes: int = 64
     curvatures: tuple[str, ...] = ("hessian", "ggn")
@@ -47,13 +40,14 @@ class Config(TrainConfig):
 
 def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> None:
     """Trains (or finds) the net, measures it, saves the numbers and prints the table."""
-    dataset = data.load(config.dataset, data_dir, label=config.label)
-    model, trained = train_once(config.model, dataset, config, out_dir)
+    dataset = figures.load(config, config.dataset, data_dir)
+    model, trained = figures.net(config, config.model, dataset, out_dir)
     accuracy = 1 - float(trained.history["test_error"][-1])
     print(f"{config.model} on {config.dataset}: test accuracy {accuracy:.2%} after {config.epochs} epochs")
 
     start = time.perf_counter()
-    batch, key = measure.measure_batch(dataset, config.images_per_class, trained), jax.random.key(config.seed)
+    batch = measure.measure_batch(dataset, config.images_per_class, trained.batch_stats)
+    key, layers = jax.random.key(config.seed), figures.shown(config, model, trained.params, batch)
     with measure.progress_bar("summary") as report:
         table = jh.summarize(
             measure.objective(model),
@@ -62,11 +56,12 @@ def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> N
             key=key,
             num_probes=config.num_probes,
             num_steps=config.num_steps,
+            layers=layers,
             progress=report,
         )
     others = tuple(kind for kind in config.curvatures if kind != "hessian")
     spectra = {"hessian": table.spectra} | measure.spectra(
-        model, trained.params, batch, key=key, num_steps=config.num_steps, curvatures=others
+        model, trained.params, batch, key=key, num_steps=config.num_steps, curvatures=others, layers=layers
     )
     seconds = time.perf_counter() - start
     print(f"curvature at {len(batch['label'])} training images, measured in {seconds:.0f} s:\n{table}")
@@ -91,7 +86,7 @@ def draw(out_dir: pathlib.Path) -> None:
     config, numbers = results.load_json(out_dir / "config.json"), results.load_json(out_dir / "numbers.json")
     arrays = results.load_arrays(out_dir / "numbers.npz")
     title = (
-        f"{plot.label(config['model'])} on {plot.label(config['dataset'])}: "
+        f"{figures.about(config, config['model'], config['dataset'])}: "
         f"spectra at {numbers['images']} training images, {config['num_steps']} Lanczos steps; "
         f"test accuracy {numbers['test_accuracy']:.1%}"
     )

@@ -1,0 +1,44 @@
+"""Largest eigenvalue and trace of the Hessian over training (Figure 4 of the paper).
+
+    python -m experiments.run fig4 model=resnet18,densenet dataset=cifar10
+
+The paper finds that both fall; printed beside is how far the trace goes with the generalisation gap.
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+import numpy as np
+import scipy.stats
+
+from experiments import figures, plot, results
+from experiments.figures import OverTraining as Config
+
+__all__ = ["Config", "draw", "run"]
+
+run = figures.run_over_training
+
+
+def draw(out_dir: pathlib.Path) -> None:
+    """Draws the figure from the saved numbers, and says what they show."""
+    config, numbers = results.load_json(out_dir / "config.json"), results.load_json(out_dir / "numbers.json")
+    panels = {
+        r"$\lambda_{\max}$(Hess)": {name: record["lambda_max/total"] for name, record in numbers.items()},
+        "Tr(Hess)": {name: record["trace/total"] for name, record in numbers.items()},
+        r"$\sum_l$ Tr(Hess$_l$) $\|w_l\|^2$": {name: figures.scale_free(record) for name, record in numbers.items()},
+    }
+    epochs = {name: record["epochs"] for name, record in numbers.items()}
+    plot.save(plot.over_epochs(panels, figures.over_training_title(config), epochs=epochs), out_dir / "figure.png")
+    for name, record in numbers.items():
+        for metric in ("lambda_max", "trace"):
+            print(f"{name}: {metric} {figures.course(record['epochs'], record[f'{metric}/total'])}")
+        measured = [epoch for epoch in record["epochs"] if epoch > 0]
+        traces = np.mean(record["trace/total"], 0)[-len(measured) :]
+        gaps = np.mean(record["gap"], 0)[np.array(measured) - 1]
+        if len(measured) > 2:
+            found = scipy.stats.spearmanr(traces, gaps)
+            print(
+                f"{name}: rank correlation of trace and generalisation gap over {len(measured)} epochs "
+                f"{found.statistic:.2f} (p = {found.pvalue:.2g})"
+            )

@@ -1,0 +1,75 @@
+"""The number of outliers in each layer's spectrum, for data sets of different numbers of classes.
+
+    python -m experiments.run outliers model=vgg11_bn dataset=cifar10,cifar100:coarse_label,cifar100
+
+The paper finds as many outliers as classes in every layer. They are counted in the spectrum of G_l, whose bulk at zero
+hides none, by `jaxhess.count_outliers`, which is not told the number of classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+import jax
+
+import jaxhess as jh
+from experiments import arms, figures, measure, results
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(figures.Config):
+    """What to train as in `figures.Config`, and what to measure.
+
+    Attributes:
+      model: name of the net.
+      dataset: names of data sets, each with the feature that has the labels behind a colon if that is not ``label``.
+      trials: trainings of each, with seeds ``seed``, ``seed`` + 1, ...
+      steps_per_class: Lanczos steps for each class, where the Gram matrix is too large; at least 128 steps.
+    """
+
+    model: str = "vgg11_bn"
+    dataset: tuple[str, ...] = ("cifar10", "cifar100:coarse_label", "cifar100")
+    trials: int = 1
+    steps_per_class: int = 3
+
+
+def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> None:
+    """Trains (or finds) the nets, counts, and saves the numbers and the spectra."""
+    arrays, numbers = {}, {}
+    for name in config.dataset:
+        dataset = figures.load(config, name, data_dir)
+        record = numbers[name] = {"num_classes": dataset.num_classes, "test_error": [], "outliers": {}}
+        for trial in range(config.trials):
+            seeded = dataclasses.replace(config, seed=config.seed + trial)
+            model, trained = figures.net(seeded, config.model, dataset, out_dir)
+            record["test_error"].append(float(trained.history["test_error"][-1]))
+            batch = measure.measure_batch(dataset, config.images_per_class, trained.batch_stats)
+            found = measure.spectra(
+                model,
+                trained.params,
+                batch,
+                key=jax.random.key(seeded.seed),
+                num_steps=max(128, config.steps_per_class * dataset.num_classes),
+                curvatures=("ggn",),
+                layers=figures.shown(config, model, trained.params, batch),
+            )["ggn"]
+            arrays |= measure.pack(found, f"{name}/{trial}")
+            for layer, spectrum in found.items():
+                record["outliers"].setdefault(layer, []).append(jh.count_outliers(spectrum))
+    results.save_arrays(out_dir / "numbers.npz", arrays)
+    results.save_json(out_dir / "numbers.json", numbers)
+
+
+def draw(out_dir: pathlib.Path) -> None:
+    """Prints the table from the saved numbers."""
+    config, numbers = results.load_json(out_dir / "config.json"), results.load_json(out_dir / "numbers.json")
+    heads = [f"C = {record['num_classes']}" for record in numbers.values()]
+    print(f"outliers of G_l, {config['images_per_class']} training images of each class")
+    lines = [["layer", *heads]]
+    for layer in next(iter(numbers.values()))["outliers"]:
+        lines.append([layer, *(arms.spread(record["outliers"][layer], ".3g") for record in numbers.values())])
+    arms.print_columns(lines)
+    for name, record in numbers.items():
+        words = figures.about(config, config["model"], name)
+        print(f"{words}: test error {arms.spread([100 * e for e in record['test_error']], '.2f')} %")

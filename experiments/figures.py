@@ -1,0 +1,181 @@
+"""What the figures share: which net on which data, which layers are shown, and curvature over training."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+import jaxhess as jh
+from experiments import data, measure, models, plot, results
+from experiments.data import Dataset
+from experiments.train import TrainConfig, Trained, objective, train_once
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(TrainConfig):
+    """How to train, as in `TrainConfig`, and on what.
+
+    Attributes:
+      epochs: passes over the training images.
+      label: feature with the labels.
+      width: factor of all channel numbers, of nets that have such an option.
+      examples: training images, as many of each class; 0 for all.
+      images_per_class: training images of each class that the curvature is measured on.
+      norm_layers: whether normalisation layers are shown too. The paper shows convolutions and dense layers.
+    """
+
+    epochs: int = 10
+    label: str = "label"
+    width: float = 1.0
+    examples: int = 0
+    images_per_class: int = 10
+    norm_layers: bool = False
+
+
+def load(config: Config, name: str, data_dir: str | None) -> Dataset:
+    """A data set, or as much of it as is trained on; "cifar100:coarse_label" names the labels too."""
+    name, _, label = name.partition(":")
+    dataset = data.load(name, data_dir, label=label or config.label)
+    if not config.examples:
+        return dataset
+    each, rest = divmod(config.examples, dataset.num_classes)
+    if rest:
+        raise ValueError(f"examples={config.examples} is no multiple of the {dataset.num_classes} classes of {name}")
+    return dataclasses.replace(dataset, train=data.per_class(dataset.train, each, dataset.num_classes))
+
+
+def net(config: Config, name: str, dataset: Dataset, out_dir: pathlib.Path, **options) -> tuple[nn.Module, Trained]:
+    """A net, trained or found; ``options`` as for `experiments.train.train_once`."""
+    return train_once(name, dataset, config, out_dir, options=_options(config), **options)
+
+
+def _options(config):
+    return {} if config.width == 1 else {"width": config.width}
+
+
+def shown(config: Config, model: nn.Module, params: PyTree, batch: PyTree) -> list[str]:
+    """The layers that are shown, in network order: those with a kernel, or all."""
+    names = jh.layer_names(params, objective(model), batch)
+    if config.norm_layers:
+        return names
+    return [name for name in names if any(x.ndim > 1 for x in jax.tree.leaves(jh.subtree(params, name)))]
+
+
+def about(config: Mapping[str, Any], model: str, dataset: str) -> str:
+    """The net and its data in words, with what was made smaller than the paper's."""
+    net_words = plot.label(model) + (f" (width {config['width']:g})" if config["width"] != 1 else "")
+    name, _, label = dataset.partition(":")
+    label = label or config["label"]
+    data_words = plot.label(name) + (f" ({label.replace('_', ' ')}s)" if label != "label" else "")
+    return f"{net_words} on {data_words}" + (f" ({config['examples']:,} images)" if config["examples"] else "")
+
+
+# ---- curvature over training ----
+
+
+class Curvature:
+    """A callback of training that measures the Hessian of the net and of its layers.
+
+    Its ``repr`` says what is measured, for that is one of the settings of a kept net.
+    """
+
+    def __init__(self, config: OverTraining, model: nn.Module, dataset: Dataset):
+        """Takes the settings, the net and the data set of the training."""
+        self._config, self._model, self._dataset = config, model, dataset
+
+    def __repr__(self) -> str:
+        fields = ("interval", "num_steps", "num_probes", "images_per_class", "norm_layers")
+        return f"Curvature({', '.join(f'{name}={getattr(self._config, name)}' for name in fields)})"
+
+    def __call__(self, epoch: int, params: PyTree, batch_stats: PyTree) -> dict[str, float]:
+        """{"trace/LAYER", "lambda_max/LAYER", "trace_norm2/LAYER": value}, "total" for the net; NaN where not due."""
+        config = self._config
+        batch = measure.measure_batch(self._dataset, config.images_per_class, batch_stats)
+        layers = shown(config, self._model, params, batch)
+        if epoch % config.interval and epoch != config.epochs:
+            return {f"{name}/{layer}": np.nan for name in METRICS for layer in [*layers, "total"]}
+        table = jh.summarize(
+            objective(self._model),
+            params,
+            batch,
+            key=jax.random.fold_in(jax.random.key(config.seed), epoch),
+            num_probes=config.num_probes,
+            num_steps=config.num_steps,
+            layers=layers,
+        )
+        found = {layer: (record.trace.mean, record.lambda_max, record.trace_norm2) for layer, record in table.items()}
+        return {f"{name}/{layer}": float(row[i]) for i, name in enumerate(METRICS) for layer, row in found.items()}
+
+
+METRICS = ("trace", "lambda_max", "trace_norm2")
+
+
+@dataclasses.dataclass(frozen=True)
+class OverTraining(Config):
+    """What the figures over training compare.
+
+    Attributes:
+      model: names of nets.
+      dataset: names of data sets.
+      trials: trainings of each, with seeds ``seed``, ``seed`` + 1, ...
+      interval: epochs from one measurement to the next.
+      num_steps: Lanczos steps for lambda_max.
+      num_probes: probes of the traces.
+    """
+
+    model: tuple[str, ...] = ("vgg11", "vgg11_bn")
+    dataset: tuple[str, ...] = ("mnist",)
+    trials: int = 1
+    interval: int = 1
+    num_steps: int = 32
+    num_probes: int = 16
+
+
+def run_over_training(config: OverTraining, out_dir: pathlib.Path, data_dir: str | None) -> None:
+    """Trains (or finds) every net on every data set, measuring on the way, and saves all records."""
+    numbers: dict[str, dict[str, list]] = {}
+    for dataset_name in config.dataset:
+        dataset = load(config, dataset_name, data_dir)
+        for name in config.model:
+            found = numbers.setdefault(about(dataclasses.asdict(config), name, dataset_name), {})
+            model = models.build(name, dataset.num_classes, **_options(config))
+            for trial in range(config.trials):
+                seeded = dataclasses.replace(config, seed=config.seed + trial)
+                _, trained = net(seeded, name, dataset, out_dir, callback=Curvature(seeded, model, dataset))
+                due = np.isfinite(trained.records["trace/total"])
+                found["epochs"] = np.flatnonzero(due).tolist()
+                found.setdefault("gap", []).append(
+                    (trained.history["test_error"] - 1 + trained.history["train_accuracy"]).tolist()
+                )
+                for metric, values in trained.records.items():
+                    found.setdefault(metric, []).append(values[due].tolist())
+    results.save_json(out_dir / "numbers.json", numbers)
+
+
+def over_training_title(config: Mapping[str, Any]) -> str:
+    """What was run, for figures over training."""
+    trials = f", mean and standard deviation of {config['trials']} trials" if config["trials"] > 1 else ""
+    return f"Hessian at {config['images_per_class']} training images a class, over training{trials}"
+
+
+def scale_free(record: Mapping[str, Any]) -> np.ndarray:
+    """sum_l Tr(Hess_l) ||w_l||^2 over the layers that were measured, (trials, epochs)."""
+    parts = [values for name, values in record.items() if name.startswith("trace_norm2/") and name[12:] != "total"]
+    return np.sum(parts, axis=0)
+
+
+def course(epochs: list[int], trials: list[list[float]]) -> str:
+    """The mean over trials at the first, at the largest and at the last epoch, in words."""
+    mean = np.mean(trials, 0)
+    top = int(mean.argmax())
+    return (
+        f"{mean[0]:.4g} at epoch {epochs[0]}, at most {mean[top]:.4g} at {epochs[top]}, {mean[-1]:.4g} at {epochs[-1]}"
+    )

@@ -1,0 +1,159 @@
+"""The figures on curvature: from end to end on a small net, and what their parts compute."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import scipy.stats
+
+import jaxhess as jh
+from experiments import data, figures, measure, models, plot, run
+from experiments.configs import fig2
+
+MLP = ["model=mlp", "dataset=digits", "epochs=2", "images_per_class=2"]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """One folder for all: nets that are trained alike are trained once."""
+    return tmp_path_factory.mktemp("results")
+
+
+def numbers(folder):
+    return json.loads((folder / "numbers.json").read_text())
+
+
+def ran(out, capsys, name, *words):
+    assert run.main([name, f"out={out / name}", *MLP, *words]) == 0
+    return capsys.readouterr().out
+
+
+def redraws_alike(out, name):
+    figure = out / name / "figure.png"
+    first = figure.read_bytes()
+    assert run.main([name, f"out={out / name}", "redraw=true"]) == 0
+    assert figure.read_bytes() == first and len(first) < 200_000
+
+
+def test_class_structure(out, capsys):
+    printed = ran(out, capsys, "fig2", "shuffles=5")
+    found = numbers(out / "fig2")["layers"]
+    assert list(found) == ["fc1", "fc2", "fc3", "total"] and all(layer in printed for layer in found)
+    for record in found.values():
+        parts = sum(record["traces"][part] for part in fig2.PARTS)
+        assert parts == pytest.approx(record["traces"]["total"], rel=1e-5)
+        assert -1 <= record["shuffled"] <= record["shuffled_max"] <= 1
+    redraws_alike(out, "fig2")  # t-SNE with a fixed seed too: what is drawn is kept
+    before = (out / "fig2" / "figure.png").read_bytes()
+    ran(out, capsys, "fig2", "shuffles=5")
+    assert (out / "fig2" / "figure.png").read_bytes() == before
+
+
+def test_silhouettes_tell_clusters_from_none():
+    rng = np.random.default_rng(0)
+    noise, centres = rng.normal(size=(20, 3)), np.repeat(np.eye(5) * 20, 4, axis=0)[:, :3]
+    for points, clustered in ((noise, False), (noise + centres, True)):
+        found = fig2.silhouettes(np.concatenate([points, np.zeros((5, 3))]), 5, 20, 0)
+        assert (found["silhouette"] > found["shuffled_max"] + 0.1) == clustered
+
+
+def test_distances_with_trials_and_draws(out, capsys):
+    printed = ran(out, capsys, "fig3", "trials=2", "draws=3", "num_steps=4")
+    (record,) = numbers(out / "fig3").values()
+    assert set(record["distances"]) == set(plot.METRICS)
+    for values in record["distances"].values():
+        assert list(values) == ["fc1", "fc2", "fc3"]
+        assert all(len(six) == 6 and len(set(six)) == 6 for six in values.values())
+    assert " of 6" in printed and "lambda_max" in printed
+    redraws_alike(out, "fig3")
+
+
+def test_the_legacy_distance_is_one_of_density_values():
+    a, b = jh.Spectrum([0.0, 1.0], [0.5, 0.5], 2), jh.Spectrum([5.0, 6.0], [0.5, 0.5], 2)
+    # Shifted by five it is the same set of values, and the distance zero, where the real one is five.
+    assert measure.legacy_wasserstein(a, b) == pytest.approx(0, abs=1e-12)
+    assert jh.wasserstein(a, b) == pytest.approx(5)
+    values = [spectrum.density()[1] for spectrum in (a, jh.Spectrum([0.0, 2.0], [0.5, 0.5], 2))]
+    assert measure.legacy_wasserstein(a, jh.Spectrum([0.0, 2.0], [0.5, 0.5], 2)) == pytest.approx(
+        scipy.stats.wasserstein_distance(*values)
+    )
+
+
+@pytest.mark.parametrize("name", ["fig4", "fig5", "fig6"])
+def test_curvature_over_training(out, capsys, name):
+    words = ("epochs=4", "interval=3", "num_steps=4", "num_probes=2", "trials=2", "examples=1000")
+    printed = run.main([name, f"out={out / name}", "model=mlp", "dataset=digits", *words]) or capsys.readouterr().out
+    (record,) = numbers(out / name).values()
+    assert record["epochs"] == [0, 3, 4]
+    for layer in ("fc1", "fc3", "total"):
+        for metric in figures.METRICS:
+            assert np.shape(record[f"{metric}/{layer}"]) == (2, 3) and np.isfinite(record[f"{metric}/{layer}"]).all()
+    assert "MLP on digits (1,000 images)" in printed
+    redraws_alike(out, name)
+    # The three figures show the same trainings.
+    assert len(list(out.glob("fig[456]/net-*.npz"))) == 2
+
+
+def test_what_is_recorded_over_training_is_the_summary(out):
+    config = figures.OverTraining(num_steps=5, num_probes=3, images_per_class=1, epochs=4, interval=3)
+    digits, model = data.load("digits"), models.build("mlp", 10)
+    params = model.init(jax.random.key(0), digits.batch(digits.test)["image"])["params"]
+    callback = figures.Curvature(config, model, digits)
+    found = callback(3, params, {})
+    table = jh.summarize(
+        measure.objective(model),
+        params,
+        measure.measure_batch(digits, 1, {}),
+        key=jax.random.fold_in(jax.random.key(0), 3),
+        num_probes=3,
+        num_steps=5,
+    )
+    for layer, record in table.items():
+        assert found[f"trace/{layer}"] == pytest.approx(float(record.trace.mean), rel=1e-4)
+        assert found[f"lambda_max/{layer}"] == pytest.approx(record.lambda_max, rel=1e-4)
+        assert found[f"trace_norm2/{layer}"] == pytest.approx(record.trace_norm2, rel=1e-4)
+    assert set(callback(2, params, {})) == set(found) and np.isnan(list(callback(2, params, {}).values())).all()
+    assert repr(callback) != repr(figures.Curvature(dataclasses.replace(config, num_probes=4), model, digits))
+
+
+def test_outliers_for_several_numbers_of_classes(out, capsys, monkeypatch):
+    digits = data.load("digits")
+    halves = dataclasses.replace(
+        digits, num_classes=5, train=digits.train | {"label": digits.train["label"] // 2}, test=digits.test
+    )
+    halves = dataclasses.replace(halves, test=digits.test | {"label": digits.test["label"] // 2})
+    monkeypatch.setattr(data, "load", lambda name, data_dir=None, label="label": halves if label == "half" else digits)
+    words = ["model=mlp", "dataset=digits,digits:half", "epochs=2", "images_per_class=2", "trials=2"]
+    assert run.main(["outliers", f"out={out / 'outliers'}", *words]) == 0
+    printed = capsys.readouterr().out
+    assert "C = 10" in printed and "C = 5" in printed and "MLP on digits (halfs)" in printed
+    for record in numbers(out / "outliers").values():
+        assert all(len(counts) == 2 and min(counts) >= 0 for counts in record["outliers"].values())
+
+
+def test_which_layers_are_shown():
+    params = {"conv1": {"kernel": np.ones((1, 1, 1, 1))}, "bn1": {"scale": np.ones(1), "bias": np.ones(1)}}
+    params |= {"fc": {"kernel": np.ones((1, 1)), "bias": np.ones(1)}}
+
+    class Fake:
+        @staticmethod
+        def apply(variables, images, train):
+            p = variables["params"]
+            x = images.reshape(-1, 1) @ p["conv1"]["kernel"][0, 0] * p["bn1"]["scale"][None] + p["bn1"]["bias"][None]
+            return x @ p["fc"]["kernel"] + p["fc"]["bias"][None]
+
+    batch = {"image": np.ones((2, 1, 1, 1), np.float32), "label": np.zeros(2, np.int32)}
+    assert figures.shown(figures.Config(), Fake(), params, batch) == ["conv1", "fc"]
+    assert figures.shown(figures.Config(norm_layers=True), Fake(), params, batch) == ["conv1", "bn1", "fc"]
+
+
+def test_smaller_data_and_nets_are_named(capsys, tmp_path):
+    config = {"width": 0.25, "examples": 2000, "label": "label"}
+    assert figures.about(config, "vgg11_bn", "cifar10") == "VGG11-BN (width 0.25) on CIFAR-10 (2,000 images)"
+    assert figures.about(config | {"examples": 0, "width": 1}, "lenet", "cifar100:coarse_label") == (
+        "LeNet on CIFAR-100 (coarse labels)"
+    )
+    assert run.main(["fig1", *MLP, "examples=1005", f"out={tmp_path}"]) == 2
+    assert "examples=1005 is no multiple of the 10 classes of digits" in capsys.readouterr().err
