@@ -276,7 +276,7 @@ def print_table(out_dir: pathlib.Path, claims: Sequence[Claim]) -> None:
         print(judge(claim, {arm: [r[claim.metric] for r in records] for arm, records in numbers.items()}))
     spectra = results.load_arrays(out_dir / "spectra.npz")
     merged = {ARMS[arm]: {"total": _merged(measure.unpack(spectra, arm).values())} for arm in numbers}
-    plot.save(plot.log_densities(merged, f"Hessian at the end of training; {title(config)}"), out_dir / "figure.png")
+    plot.save(plot.log_densities(merged, f"Hessian at the end of training; {title(config, 'mean')}"), out_dir / "figure.png")
     skipped = {ARMS[arm]: sum(r["skipped"] for r in records) for arm, records in numbers.items()}
     if any(skipped.values()):
         print(f"penalties left out because they were not finite: {skipped}")
@@ -408,10 +408,10 @@ def print_sweep(numbers: Mapping[str, Mapping], reference: str, words: str = "{}
         print(judge(Claim(name, reference, words.format(name)), errors, tests=len(others)))
 
 
-def title(config: Mapping) -> str:
+def title(config: Mapping, words: str = "mean and standard deviation") -> str:
     """What was run, for figures."""
     epochs = config["epochs"] or row(config["model"], config["dataset"]).epochs
     return (
         f"{plot.label(config['model'])} on {plot.label(config['dataset'])}, {epochs} epochs, settings "
-        f"{config['preset']}; mean and standard deviation of {config['trials']} trials"
+        f"{config['preset']}; {words} of {config['trials']} trials"
     )

@@ -251,15 +251,16 @@ def _class_structure(gram, weights, labels, eps):
         "within_class": deviations[~same.ravel()],
         "same_class": np.eye(count * classes)[same.ravel()],
     }
-    grams = {name: part @ gram @ part.T for name, part in parts.items()} | {"total": gram}
+    grams = {name: part @ gram @ part.T for name, part in parts.items()}
+    total = _nonzero(gram, 10 * eps)
+    scale = total[0] if total.size else 0.0  # a part of G that is zero has nothing but rounding
     vectors = _coordinates(np.concatenate([pairs.reshape(flat), means]), gram, eps)
-    scale = scipy.linalg.eigvalsh(gram, subset_by_index=[len(gram) - 1] * 2)[0]
     return ClassStructure(
         weights=pair_weights,
         pairs=vectors[: classes**2].reshape(classes, classes, -1),
         classes=vectors[classes**2 :],
-        traces={name: float(np.trace(gram)) for name, gram in grams.items()},
-        eigenvalues={name: _nonzero(gram, 10 * eps, scale) for name, gram in grams.items()},
+        traces={name: float(np.trace(part)) for name, part in (grams | {"total": gram}).items()},
+        eigenvalues={name: _nonzero(part, 10 * eps, scale) for name, part in grams.items()} | {"total": total},
     )
 
 
@@ -299,8 +300,10 @@ def _gram_matrices(loss, params, batch, layers, max_bytes, progress):
     held = min(count, max(1, max_bytes // (row_bytes * rows_each)))
     starts = range(0, count, held)
 
+    factor = _factor(loss, params, batch)
+
     def rows_of(i):
-        return _rows(loss, layers, independent, params, batch, i)
+        return _rows(loss, layers, independent, params, batch, factor, i)
 
     grams = {layer.name: np.zeros((outputs.size, outputs.size)) for layer in layers}
     done, todo = 0, sum(count - start for start in starts)
@@ -384,30 +387,33 @@ def _example(batch, count, i):
     return jax.tree.map(cut, batch)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _rows(loss, layers, independent, params, batch, i):
-    """For each layer the rows of B' J_l, (rows, dim), of one example, or the one row of an entry of the outputs."""
-
-    def factor(outputs, noise):
-        return output_factor_product(loss.criterion, outputs, batch, noise)
-
+@partial(jax.jit, static_argnums=0)
+def _factor(loss, params, batch):
+    """B e_c' of every output c', (C, *outputs.shape): B is block diagonal, one product serves all rows."""
     with jax.default_matmul_precision("float32"):
-        if independent:
-            outputs = loss.predict(params, batch)
-            count, classes = outputs.shape[0], outputs.shape[-1]
-            basis = jnp.eye(classes, dtype=outputs.dtype)
-            # B is block diagonal: one product for each class serves all examples and positions.
-            columns = jax.vmap(lambda e: factor(outputs, jnp.broadcast_to(e, outputs.shape)))(basis)
-            mine = columns[:, i].reshape(classes, -1, classes)
-            places = jnp.eye(mine.shape[1], dtype=mine.dtype)
-            cotangents = places[:, None, :, None] * mine[None]  # (position, class, position, output)
-            cotangents = cotangents.reshape(-1, 1, *outputs.shape[1:])
-            pull = jax.vjp(lambda p: loss.predict(p, _example(batch, count, i)), params)[1]
-        else:
-            outputs, pull = jax.vjp(lambda p: loss.predict(p, batch), params)
-            noise = jnp.zeros(outputs.size, outputs.dtype).at[i].set(1).reshape(outputs.shape)
-            cotangents = factor(outputs, noise)[None]
-        gradients = jax.vmap(lambda c: pull(c)[0])(cotangents)
+        outputs = loss.predict(params, batch)
+        basis = jnp.eye(outputs.shape[-1], dtype=outputs.dtype)
+        return jax.vmap(
+            lambda e: output_factor_product(loss.criterion, outputs, batch, jnp.broadcast_to(e, outputs.shape))
+        )(basis)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _rows(loss, layers, independent, params, batch, factor, i):
+    """For each layer the rows of B' J_l, (rows, dim), of one example, or the one row of an entry of the outputs."""
+    shape = factor.shape[1:]
+    if independent:
+        mine = factor[:, i].reshape(shape[-1], -1, shape[-1])
+        places = jnp.eye(mine.shape[1], dtype=mine.dtype)
+        cotangents = places[:, None, :, None] * mine[None]  # (position, class, position, output)
+        cotangents, part = cotangents.reshape(-1, 1, *shape[1:]), _example(batch, shape[0], i)
+    else:
+        position, output = jnp.divmod(i, shape[-1])
+        column = factor[output].reshape(-1, shape[-1])
+        cotangents, part = jnp.zeros_like(column).at[position].set(column[position]).reshape(1, *shape), batch
+    with jax.default_matmul_precision("float32"):
+        pull = jax.vjp(lambda p: loss.predict(p, part), params)[1]
+        gradients = jax.vmap(lambda cotangent: pull(cotangent)[0])(cotangents)
 
     def row(layer):
         arrays = layer._replace(scan_index=None).arrays(gradients)
