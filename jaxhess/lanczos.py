@@ -17,7 +17,7 @@ import scipy.linalg
 from numpy.typing import ArrayLike
 
 from jaxhess.operators import apply_stacked, as_partial, runs_on_host
-from jaxhess.trace import check_count, random_like
+from jaxhess.trace import check_count, random_like, spread
 
 PyTree = Any
 
@@ -113,12 +113,15 @@ def lanczos(
             following = _advance(state, basis, operator(state.vector), restart_key)
             return following, _write(basis, state.vector, state.step)
 
-        state, basis = jax.lax.fori_loop(0, num_steps, body, _begin(start, num_steps, reorthogonalize))
+        state = _begin(start, num_steps, reorthogonalize)
+        basis = _empty_basis(state.vector, num_steps) if reorthogonalize else None
+        state, basis = jax.lax.fori_loop(0, num_steps, body, (state, basis))
         return Tridiagonal(state.alphas, state.betas, state.num_valid, basis)
 
     if not (np.isfinite(norm) and norm > 0):
         raise ValueError(f"Lanczos needs a start vector that is finite and not zero, got norm {norm}")
-    state, basis = _begin(start, num_steps, reorthogonalize)
+    state = _begin(start, num_steps, reorthogonalize)
+    basis = _empty_basis(state.vector, num_steps) if reorthogonalize else None
     for done in range(1, num_steps + 1):
         following = _advance(state, basis, operator(state.vector), restart_key)
         basis, state = _write(basis, state.vector, state.step), following
@@ -238,7 +241,7 @@ def _residuals(products, vectors, values):
 def _begin(start, num_steps, keep_basis):
     start = jax.tree.map(lambda x: jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32)), start)
     dtype = jnp.result_type(*jax.tree.leaves(start))
-    state = _State(
+    return _State(
         step=jnp.array(0),
         alphas=jnp.zeros(num_steps, dtype),
         betas=jnp.zeros(num_steps, dtype),
@@ -248,8 +251,18 @@ def _begin(start, num_steps, keep_basis):
         vector=optax.tree.scale(1 / optax.tree.norm(start), start),
         previous=None if keep_basis else optax.tree.zeros_like(start),
     )
-    rows = jax.tree.map(lambda x: jnp.zeros((num_steps, *x.shape), x.dtype), start)
-    return state, rows if keep_basis else None
+
+
+def _empty_basis(vector, num_steps):
+    """Zeros for so many vectors, each spread over devices as this one is."""
+
+    def zeros(x):
+        sharding = spread(x)
+        if sharding is not None:
+            sharding = sharding.update(spec=jax.sharding.PartitionSpec(None, *sharding.spec))
+        return jnp.zeros((num_steps, *x.shape), x.dtype, device=sharding)
+
+    return jax.tree.map(zeros, vector)
 
 
 @jax.jit

@@ -169,12 +169,33 @@ def sampler(probe: str) -> Callable:
 # ---- one sample for each probe: (probes,) keys -> (probes, quantities) ----
 
 
-@partial(jax.jit, static_argnums=2)
 def random_like(key: jax.Array, like: PyTree, distribution: Callable = jax.random.normal) -> PyTree:
-    """A random pytree like another, at least in float32.
+    """A random pytree like another, at least in float32, spread over devices as that one is."""
+    return _draw_spread(key, like, distribution, tuple(map(spread, jax.tree.leaves(like))))
 
-    One draw, cut into leaves: XLA takes many times as long to compile a draw for each leaf.
-    """
+
+def spread(x: Any) -> jax.sharding.NamedSharding | None:
+    """How an array is spread over devices; None for one device, or where it is not known yet."""
+    known = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+    sharding = x.sharding if known else None
+    return sharding if isinstance(sharding, jax.sharding.NamedSharding) and len(sharding.device_set) > 1 else None
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _draw_spread(key, like, distribution, shardings):
+    drawn = _draw(key, like, distribution)
+    meshes = [sharding.mesh for sharding in shardings if sharding is not None]
+    if not meshes:
+        return drawn
+    # One program has one set of devices: what is not spread itself is copied to all of them.
+    copied = jax.sharding.NamedSharding(meshes[0], jax.sharding.PartitionSpec())
+    leaves, treedef = jax.tree.flatten(drawn)
+    placed = [jax.lax.with_sharding_constraint(x, s or copied) for x, s in zip(leaves, shardings, strict=True)]
+    return jax.tree.unflatten(treedef, placed)
+
+
+def _draw(key, like, distribution):
+    """One draw, cut into leaves: XLA takes many times as long to compile a draw for each leaf."""
     leaves, treedef = jax.tree.flatten(like)
     ends = np.cumsum([np.size(x) for x in leaves], dtype=int)
     dtypes = [jnp.promote_types(jnp.result_type(x), jnp.float32) for x in leaves]
@@ -186,7 +207,7 @@ def random_like(key: jax.Array, like: PyTree, distribution: Callable = jax.rando
 
 @partial(jax.jit, static_argnums=2)
 def _random_stack(keys, like, distribution):
-    return jax.vmap(lambda key: random_like(key, like, distribution))(keys)
+    return jax.vmap(lambda key: _draw(key, like, distribution))(keys)
 
 
 @jax.jit

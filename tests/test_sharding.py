@@ -8,6 +8,7 @@ from helpers import distance, labels, normal, problem, ravel
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxhess as jh
+from jaxhess.trace import random_like
 
 P = problem("mlp")
 BATCH = {"x": normal(1, 8, 3), "label": labels(2, 3, 8)}
@@ -31,6 +32,65 @@ def spread_params(mesh, params):
 
 def spread_batch(mesh, batch):
     return jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+
+
+@pytest.fixture(scope="module")
+def places(mesh):
+    """The same parameters and batch on one device and spread over all."""
+    return {"one": (P.params, BATCH), "all": (spread_params(mesh, P.params), spread_batch(mesh, BATCH))}
+
+
+def results(params, batch):
+    """Everything that can be asked of a net, as named arrays."""
+    found = {}
+    for kind, make in (("hessian", jh.hessian), ("ggn", jh.ggn), ("functional", jh.functional_hessian)):
+        operator = make(P.objective, params, batch)
+        v = jax.tree.map(lambda x: 0.1 + x, params)
+        found[f"{kind} product"] = ravel(operator(v))
+        found[f"{kind} block"] = ravel(make(P.objective, params, batch, layer="fc1")(v["fc1"]))
+    found["linearized"] = ravel(jh.linearize(operator, like=params)(v))
+    found["trace"] = jh.trace(operator, like=params, key=KEY, num_probes=4).mean
+    for curvature in ("hessian", "ggn"):
+        traces = jh.layer_traces(P.objective, params, batch, key=KEY, num_probes=4, curvature=curvature)
+        found[f"{curvature} traces"] = np.array([estimate.mean for estimate in traces.values()])
+    spectra = jh.layer_spectra(P.objective, params, batch, key=KEY, num_steps=6)
+    found["nodes"] = np.concatenate([spectrum.nodes for spectrum in spectra.values()])
+    found["weights"] = np.concatenate([spectrum.weights for spectrum in spectra.values()])
+    values, vectors, _ = jh.top_eigenpairs(operator, like=params, key=KEY, k=2)
+    found["eigenvalues"], found["eigenvectors"] = values, np.abs(ravel(vectors))
+    found["gram"] = jh.ggn_eigenvalues(P.objective, params, batch)
+    found["classes"] = jh.class_structure(P.objective, params, batch, 3).weights
+    return found
+
+
+def test_every_result_is_that_of_one_device(places):
+    expected, found = results(*places["one"]), results(*places["all"])
+    for name, value in expected.items():
+        assert distance(np.ravel(found[name]), np.ravel(value)) < 3e-4, name
+
+
+def test_a_mean_over_batches_that_are_spread(places, mesh):
+    halves = [jax.tree.map(lambda x, part=part: x[part], BATCH) for part in (slice(0, 4), slice(4, 8))]
+    expected = jh.hessian(P.objective, P.params, BATCH)(P.params)
+    params = places["all"][0]
+    found = jh.hessian(P.objective, params, jh.Batches([spread_batch(mesh, half) for half in halves]))(params)
+    assert distance(ravel(found), ravel(expected)) < 1e-5
+
+
+@pytest.mark.parametrize("reorthogonalize", [True, False])
+def test_lanczos_vectors_are_spread_as_the_parameters(places, reorthogonalize):
+    params, batch = places["all"]
+    start = random_like(KEY, params)
+    for x, like in zip(jax.tree.leaves(start), jax.tree.leaves(params), strict=True):
+        assert x.sharding.is_equivalent_to(like.sharding, x.ndim)
+    np.testing.assert_array_equal(ravel(start), ravel(random_like(KEY, P.params)))
+    found = jh.lanczos(jh.hessian(P.objective, params, batch), start, 4, reorthogonalize=reorthogonalize)
+    one = jh.lanczos(jh.hessian(P.objective, *places["one"]), random_like(KEY, P.params), 4)
+    np.testing.assert_allclose(found.alphas, one.alphas, rtol=1e-4)
+    if reorthogonalize:
+        for rows, like in zip(jax.tree.leaves(found.basis), jax.tree.leaves(params), strict=True):
+            # The compiler may spread them further, but never less.
+            assert rows.addressable_shards[0].data.size <= 4 * like.addressable_shards[0].data.size
 
 
 @pytest.mark.parametrize("curvature", ["hessian", "ggn"])
