@@ -118,9 +118,10 @@ class CrossEntropy(_Labelled):
         labels = self._checked(outputs, batch)
         if isinstance(self.labels(batch), jax.core.Tracer) or labels.size == 0:
             return
-        # In numpy, so that known labels can be read inside the tracing of something else too.
-        labels = np.asarray(self.labels(batch))
-        low, high, classes = int(labels.min()), int(labels.max()), outputs.shape[-1]
+        # Known labels are read inside the tracing of something else too. Other processes may hold some of them.
+        with jax.ensure_compile_time_eval():
+            low, high = int(jnp.min(labels)), int(jnp.max(labels))
+        classes = outputs.shape[-1]
         if low < 0 or high >= classes:
             raise ValueError(f"labels run from {low} to {high}, outside 0..{classes - 1} for {classes} outputs")
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
+from jax.experimental import multihost_utils
 
 from jaxhess.batches import Batches
 from jaxhess.layers import Layer, find_layers, layer_names
@@ -213,11 +214,11 @@ def class_structures(loss, params, batch, num_classes, layers, weighting, max_by
         raise ValueError(f"unknown weighting {weighting!r}; choose 'p' or 'legacy_sqrt_p'")
     if not isinstance(loss.criterion, CrossEntropy):
         raise TypeError(f"classes are those of cross-entropy; the criterion is {loss.criterion!r}")
-    probabilities = np.asarray(jax.nn.softmax(_predict(loss, params, batch)), np.float64)
+    probabilities = _to_host(jax.nn.softmax(_predict(loss, params, batch))).astype(np.float64)
     classes = probabilities.shape[-1]
     if num_classes != classes:
         raise ValueError(f"num_classes = {num_classes}, but the outputs have {classes} classes; give that number")
-    probabilities, labels = probabilities.reshape(-1, classes), np.ravel(loss.criterion.labels(batch))
+    probabilities, labels = probabilities.reshape(-1, classes), np.ravel(_to_host(loss.criterion.labels(batch)))
     if missing := sorted(set(range(classes)) - set(labels.tolist())):
         raise ValueError(f"classes {missing} have no example in the batch; give at least one of every class")
     grams = _gram_matrices(loss, params, batch, layers, max_bytes, progress)
@@ -322,14 +323,21 @@ def _gram_matrices(loss, params, batch, layers, max_bytes, progress):
             kept = _keep(kept, rows_of(i), (i - start) * rows_each)
             report()
         for gram, tile in zip(grams.values(), _products(kept, kept), strict=True):
-            gram[block, block] = np.asarray(tile)[: block.stop - block.start, : block.stop - block.start]
+            gram[block, block] = _to_host(tile)[: block.stop - block.start, : block.stop - block.start]
         for i in range(stop, count):
             columns = slice(i * rows_each, (i + 1) * rows_each)
             for gram, tile in zip(grams.values(), _products(kept, rows_of(i)), strict=True):
-                gram[block, columns] = np.asarray(tile)
+                gram[block, columns] = _to_host(tile)
                 gram[columns, block] = gram[block, columns].T
             report()
     return grams | {"total": sum(grams.values())}
+
+
+def _to_host(x):
+    """An array in numpy, whole, also where other processes hold parts of it."""
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        return multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
 
 
 def _eps(params):

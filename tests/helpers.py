@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.stats
+from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
@@ -255,8 +256,14 @@ def _in_chunks(columns, dim, dtype, chunk):
 
 
 def ravel(tree) -> np.ndarray:
-    """ravel_pytree in numpy, which compiles nothing."""
-    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+    """ravel_pytree in numpy, which compiles nothing; of what several processes hold too."""
+
+    def whole(x):
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            return multihost_utils.process_allgather(x, tiled=True)
+        return x
+
+    return np.concatenate([np.ravel(whole(x)) for x in jax.tree.leaves(tree)])
 
 
 def unravel(flat, like):
