@@ -77,6 +77,20 @@ class Batches:
         if empty:
             raise ValueError("Batches holds no batches; an exhausted or empty iterable has no mean")
 
+    def fold(self, step: Callable[[Any, PyTree, float, int], Any]) -> Any:
+        """A running mean: ``step(mean, batch, share, number)``, with None for the first mean, batch by batch.
+
+        The next batch is read while the device works on this one, and no further ahead: a loop that does not wait
+        would put all of them on the device.
+        """
+        total, mean = 0, None
+        for number, (size, batch) in enumerate(self.weighted()):
+            total += size
+            following = step(mean, batch, size / total, number)
+            jax.block_until_ready(mean)
+            mean = following
+        return mean
+
 
 def first_batch(batch: PyTree) -> PyTree:
     """The batch itself, or the first of many."""

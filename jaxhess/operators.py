@@ -262,10 +262,9 @@ class _OverBatches:
                 "an operator over Batches reads its batches in a loop on the host and cannot run under jit, vmap or "
                 "grad; call it outside, or give one batch"
             )
-        total, mean = 0, None
-        for size, batch in self.batches.weighted():
-            total += size
-            mean = _accumulate(self.product, stacked, params, batch, v, mean, size / total)
+        mean = self.batches.fold(
+            lambda mean, batch, share, _: _accumulate(self.product, stacked, params, batch, v, mean, share)
+        )
         if not all(_finite(jax.tree.leaves(mean))):
             check_batches(self.product.loss, params, self.batches)
         return mean

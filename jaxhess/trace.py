@@ -233,12 +233,12 @@ class _LayerSamples:
         return _layer_samples(self, params, batch, keys, None, 1.0)
 
     def over_batches(self, params, batches, keys):
-        total, mean = 0, None
-        for number, (size, batch) in enumerate(batches.weighted()):
-            total += size
+        def step(mean, batch, share, number):
             # A fresh draw for each batch where the estimate is a sum over examples; the same v where it is v' A v.
             batch_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number) if self.kind == "ggn" else keys
-            mean = _layer_samples(self, params, batch, batch_keys, mean, size / total)
+            return _layer_samples(self, params, batch, batch_keys, mean, share)
+
+        mean = batches.fold(step)
         if not np.isfinite(mean).all():
             check_batches(self.loss, params, batches)
         return mean

@@ -493,3 +493,23 @@ def test_labels_out_of_range_never_give_a_finite_hessian(place):
     else:
         with pytest.raises(ValueError, match="labels run from"):
             jh.hessian(p.objective, p.params, jh.Batches([p.batch, bad]))(p.params)
+
+
+def test_one_batch_is_read_ahead_and_no_more():
+    log = []
+
+    class Result:
+        def __init__(self, number):
+            self.number = number
+
+        def block_until_ready(self):
+            log.append(f"wait {self.number}")
+
+    class Reader:
+        def __iter__(self):
+            for number in range(4):
+                log.append(f"read {number}")
+                yield np.zeros(1)
+
+    jh.Batches(Reader()).fold(lambda mean, batch, share, number: Result(number))
+    assert log == ["read 0", "read 1", "wait 0", "read 2", "wait 1", "read 3", "wait 2"]
