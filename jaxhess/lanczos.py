@@ -60,7 +60,7 @@ def lanczos(
     start: PyTree,
     num_steps: int,
     *,
-    reorthogonalize: bool = True,
+    reorthogonalize: bool | str = True,
     restart_key: jax.Array | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tridiagonal:
@@ -78,7 +78,8 @@ def lanczos(
       operator: a symmetric v -> A v; over `Batches` only outside ``jit``.
       start: a pytree of floating-point arrays, not zero; it need not be normalised.
       num_steps: steps; at most the dimension are taken.
-      reorthogonalize: keep and use the basis.
+      reorthogonalize: keep and use the basis; "host" keeps it in the host's memory, in numpy, for what the device
+        cannot hold: its steps wait for the transfers.
       restart_key: with a JAX random key, a breakdown (an invariant subspace is exhausted) continues with a random
         vector orthogonal to the basis, which finds repeated eigenvalues; needs the basis.
       progress: ``progress(done, num_steps)``, called after each step of the host loop.
@@ -87,8 +88,8 @@ def lanczos(
       `Tridiagonal`.
 
     Raises:
-      ValueError: for fewer than one step, a restart without a basis, or (outside ``jit``) a start vector that is zero
-        or a product that is not finite.
+      ValueError: for fewer than one step, a restart without a basis, another word than "host", or (outside ``jit``)
+        a start vector that is zero or a product that is not finite.
 
     Example:
       >>> import jax.numpy as jnp, jaxhess as jh
@@ -99,14 +100,17 @@ def lanczos(
     Reference: Lanczos 1950; Parlett 1998, The symmetric eigenvalue problem, chapter 13.
     """
     check_count("num_steps", num_steps)
+    if reorthogonalize not in (True, False, "host"):
+        raise ValueError(f"reorthogonalize must be True, False or 'host', got {reorthogonalize!r}")
     if restart_key is not None and not reorthogonalize:
         raise ValueError("a restart needs the basis to be orthogonal to; use reorthogonalize=True")
     num_steps = min(num_steps, dimension(start))
     operator = as_partial(operator)
     norm = tree_norm(start)
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((operator, norm, restart_key))):
-        if runs_on_host(operator):
-            raise TypeError("an operator over Batches loops on the host and cannot run under jit; call it outside")
+        if runs_on_host(operator) or reorthogonalize == "host":
+            what = "a basis on the host" if reorthogonalize == "host" else "an operator over Batches"
+            raise TypeError(f"{what} needs a loop on the host and cannot run under jit; call it outside")
 
         def body(_, carry):
             state, basis = carry
@@ -114,17 +118,18 @@ def lanczos(
             return following, _write(basis, state.vector, state.step)
 
         state = _begin(start, num_steps, reorthogonalize)
-        basis = _empty_basis(state.vector, num_steps) if reorthogonalize else None
+        basis = _empty_basis(state.vector, num_steps, True) if reorthogonalize else None
         state, basis = jax.lax.fori_loop(0, num_steps, body, (state, basis))
         return Tridiagonal(state.alphas, state.betas, state.num_valid, basis)
 
     if not (np.isfinite(norm) and norm > 0):
         raise ValueError(f"Lanczos needs a start vector that is finite and not zero, got norm {norm}")
-    state = _begin(start, num_steps, reorthogonalize)
-    basis = _empty_basis(state.vector, num_steps) if reorthogonalize else None
+    advance, write = (_advance_on_host, _write_on_host) if reorthogonalize == "host" else (_advance, _write)
+    state = _begin(start, num_steps, bool(reorthogonalize))
+    basis = _empty_basis(state.vector, num_steps, reorthogonalize) if reorthogonalize else None
     for done in range(1, num_steps + 1):
-        following = _advance(state, basis, operator(state.vector), restart_key)
-        basis, state = _write(basis, state.vector, state.step), following
+        following = advance(state, basis, operator(state.vector), restart_key)
+        basis, state = write(basis, state.vector, state.step), following
         if not np.isfinite(float(state.scale)):
             raise ValueError(f"the product is not finite at Lanczos step {done}; look for overflow or NaN in the loss")
         if progress is not None:
@@ -164,6 +169,7 @@ def top_eigenpairs(
     key: jax.Array,
     k: int = 10,
     num_steps: int | None = None,
+    reorthogonalize: bool | str = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[np.ndarray, PyTree, np.ndarray]:
     """The algebraically largest eigenvalues with their eigenvectors and residual norms.
@@ -177,6 +183,7 @@ def top_eigenpairs(
       key: a JAX random key, for the start vector.
       k: number of pairs.
       num_steps: Lanczos steps, by default max(100, 5 k), at most the dimension. Memory is that of so many vectors.
+      reorthogonalize: True, or "host" as for `lanczos`.
       progress: as for `lanczos`.
 
     Returns:
@@ -204,7 +211,7 @@ def top_eigenpairs(
         raise ValueError(f"num_steps = {num_steps} Lanczos steps cannot give k = {k} eigenpairs; take more steps")
     start_key, restart_key = jax.random.split(key)
     start = random_like(start_key, like)
-    found = lanczos(operator, start, steps, restart_key=restart_key, progress=progress)
+    found = lanczos(operator, start, steps, reorthogonalize=reorthogonalize, restart_key=restart_key, progress=progress)
     values, vectors, _ = ritz(found.alphas, found.betas)
     top = np.argsort(values)[::-1][:k]
     vectors = _combine(found.basis, vectors[:, top])
@@ -219,11 +226,15 @@ def dimension(tree: PyTree) -> int:
 tree_norm = jax.jit(optax.tree.norm)
 
 
-@jax.jit
 def _combine(basis, coefficients):
-    return jax.tree.map(
-        lambda rows: jnp.einsum("mk,m...->k...", coefficients.astype(rows.dtype), rows, precision="highest"), basis
-    )
+    """Combinations of the rows of a basis, (k, ...), where the basis is."""
+
+    def combine(rows):
+        xp = np if isinstance(rows, np.ndarray) else jnp
+        with jax.default_matmul_precision("float32"):
+            return xp.tensordot(coefficients.T.astype(rows.dtype), rows, 1)
+
+    return jax.tree.map(combine, basis)
 
 
 @jax.jit
@@ -253,10 +264,12 @@ def _begin(start, num_steps, keep_basis):
     )
 
 
-def _empty_basis(vector, num_steps):
-    """Zeros for so many vectors, each spread over devices as this one is."""
+def _empty_basis(vector, num_steps, where):
+    """Zeros for so many vectors, on the host or each spread over devices as this one is."""
 
     def zeros(x):
+        if where == "host":
+            return np.zeros((num_steps, *x.shape), x.dtype)
         sharding = spread(x)
         if sharding is not None:
             sharding = sharding.update(spec=jax.sharding.PartitionSpec(None, *sharding.spec))
@@ -269,33 +282,38 @@ def _empty_basis(vector, num_steps):
 def _advance(state, basis, product, restart_key):
     """One step, given the product of the operator with the state's vector, which is not yet a row of the basis."""
     vector = state.vector
-    alpha = optax.tree.vdot(vector, product)
     if basis is not None:
         # Twice is enough (Parlett 1998, 6.9); the projection takes out alpha q_j and beta q_{j-1} too.
         rest = _orthogonalize(basis, vector, _orthogonalize(basis, vector, product))
     else:
-        last = state.betas[state.step - 1]  # at step 0 the last entry, still zero
+        alpha, last = optax.tree.vdot(vector, product), state.betas[state.step - 1]  # at step 0 the last one, still 0
         rest = jax.tree.map(lambda w, q, p: w - alpha * q - last * p, product, vector, state.previous)
-    beta = optax.tree.norm(rest)
+    following, exhausted = _follow(state, product, rest, basis is not None)
+    if restart_key is None:
+        return following
+    key = jax.random.fold_in(restart_key, state.step)
+    restarted = jax.lax.cond(exhausted, lambda: _fresh(basis, vector, key), lambda: following.vector)
+    return following._replace(vector=restarted, alive=state.alive)
+
+
+@partial(jax.jit, static_argnums=3)
+def _follow(state, product, rest, has_basis):
+    """The state behind a step with this remainder, and whether the remainder is zero."""
+    alpha, beta = optax.tree.vdot(state.vector, product), optax.tree.norm(rest)
     scale = jnp.maximum(state.scale, jnp.maximum(jnp.abs(alpha), beta))
     exhausted = beta <= 10 * jnp.finfo(beta.dtype).eps * scale
     beta = jnp.where(exhausted, 0, beta)
-    following = optax.tree.scale(jnp.where(exhausted, 0, 1 / jnp.where(exhausted, 1, beta)), rest)
-    alive = state.alive & ~exhausted
-    if restart_key is not None:
-        key = jax.random.fold_in(restart_key, state.step)
-        following = jax.lax.cond(exhausted, lambda: _fresh(basis, vector, key), lambda: following)
-        alive = state.alive
-    return _State(
+    following = _State(
         step=state.step + 1,
         alphas=state.alphas.at[state.step].set(alpha),
         betas=state.betas.at[state.step].set(beta),
         scale=scale,
-        alive=alive,
+        alive=state.alive & ~exhausted,
         num_valid=state.num_valid + state.alive,
-        vector=following,
-        previous=None if basis is not None else vector,
+        vector=optax.tree.scale(jnp.where(exhausted, 0, 1 / jnp.where(exhausted, 1, beta)), rest),
+        previous=None if has_basis else state.vector,
     )
+    return following, exhausted
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -307,19 +325,46 @@ def _write(basis, vector, step):
 def _orthogonalize(basis, last, vector):
     """The vector less its projection onto the rows of the basis and onto the last vector, not yet a row."""
     with jax.default_matmul_precision("float32"):
-        pairs = zip(jax.tree.leaves(basis), jax.tree.leaves(vector), strict=True)
-        coefficients = sum(rows.reshape(len(rows), -1) @ x.ravel() for rows, x in pairs)
-        overlap = optax.tree.vdot(last, vector)
-        return jax.tree.map(
-            lambda rows, q, x: x - jnp.tensordot(coefficients, rows, 1) - overlap * q, basis, last, vector
-        )
+        # Methods and operators alone, so that what is in numpy stays there.
+        triples = list(zip(*map(jax.tree.leaves, (basis, last, vector)), strict=True))
+        flat = [rows.reshape(len(rows), x.size) for rows, _, x in triples]
+        coefficients = sum(rows @ x.ravel() for rows, (_, _, x) in zip(flat, triples, strict=True))
+        overlap = sum(q.ravel() @ x.ravel() for _, q, x in triples)
+        rests = [
+            x - (coefficients @ rows).reshape(x.shape) - overlap * q
+            for rows, (_, q, x) in zip(flat, triples, strict=True)
+        ]
+        return jax.tree.unflatten(jax.tree.structure(vector), rests)
 
 
 def _fresh(basis, last, key):
     """A random unit vector orthogonal to the basis and the last vector; zero where they span the space."""
     vector = random_like(key, last)
+    if isinstance(jax.tree.leaves(basis)[0], np.ndarray):
+        vector = jax.tree.map(np.asarray, vector)
     size = optax.tree.norm(vector)
     vector = _orthogonalize(basis, last, _orthogonalize(basis, last, vector))
     norm = optax.tree.norm(vector)
     ok = norm > 100 * jnp.finfo(norm.dtype).eps * size
     return optax.tree.scale(jnp.where(ok, 1 / jnp.where(ok, norm, 1), 0), vector)
+
+
+def _advance_on_host(state, basis, product, restart_key):
+    """`_advance` with a basis in numpy."""
+    vector, rest = (jax.tree.map(np.asarray, tree) for tree in (state.vector, product))
+    rows = jax.tree.map(lambda rows: rows[: int(state.step)], basis)
+    for _ in range(2):
+        rest = _orthogonalize(rows, vector, rest)
+    following, exhausted = _follow(state, product, rest, True)
+    if restart_key is None:
+        return following
+    if exhausted:
+        fresh = _fresh(rows, vector, jax.random.fold_in(restart_key, state.step))
+        following = following._replace(vector=fresh)
+    return following._replace(alive=state.alive)
+
+
+def _write_on_host(basis, vector, step):
+    for rows, x in zip(jax.tree.leaves(basis), jax.tree.leaves(vector), strict=True):
+        rows[int(step)] = x
+    return basis

@@ -181,7 +181,7 @@ def spectrum(
     key: jax.Array,
     num_steps: int = 128,
     num_draws: int = 1,
-    reorthogonalize: bool = True,
+    reorthogonalize: bool | str = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Spectrum:
     """The spectrum of an operator by stochastic Lanczos quadrature.
@@ -198,7 +198,7 @@ def spectrum(
         is exact: all eigenvalues, repeated ones too, with weights 1/dim.
       num_draws: start vectors.
       reorthogonalize: False holds three vectors instead of all: right for the density, but the extreme nodes then
-        come with ghost copies.
+        come with ghost copies. "host" keeps all in the host's memory.
       progress: ``progress(done, total)`` in steps over all draws.
 
     Returns:
@@ -221,7 +221,10 @@ def spectrum(
     dim = dimension(like)
     if num_steps >= dim and reorthogonalize:
         start = random_like(key, like)
-        found = lanczos(operator, start, dim, restart_key=jax.random.fold_in(key, 1), progress=progress)
+        restart_key = jax.random.fold_in(key, 1)
+        found = lanczos(
+            operator, start, dim, reorthogonalize=reorthogonalize, restart_key=restart_key, progress=progress
+        )
         values, _, residuals = ritz(found.alphas, found.betas)
         return Spectrum(values, np.full(dim, 1 / dim), dim, num_steps, residuals)
     steps, draws = min(num_steps, dim), []
@@ -255,7 +258,7 @@ def layer_spectra(
     curvature: str = "hessian",
     method: str = "lanczos",
     layers: Sequence[str] | None = None,
-    reorthogonalize: bool = True,
+    reorthogonalize: bool | str = True,
     progress: Callable[[int, int], None] | None = None,
     has_aux: bool = False,
 ) -> dict[str, Spectrum]:

@@ -287,3 +287,38 @@ def test_half_precision_parameters(function):
         np.testing.assert_allclose(found[0], exact[::-1][:10], atol=1e-5)
     else:
         assert abs(found.mean - exact.sum()) < 4 * found.std_error
+
+
+# ---- a basis on the host ----
+
+
+def test_a_basis_on_the_host_gives_the_same():
+    p = helpers.problem("mlp")
+    operator, start = jh.hessian(p.objective, p.params, p.batch), p.params
+    device = jh.lanczos(operator, start, 8)
+    host = jh.lanczos(operator, start, 8, reorthogonalize="host")
+    np.testing.assert_allclose(host.alphas, device.alphas, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(host.betas, device.betas, rtol=1e-4, atol=1e-5)
+    for rows, expected in zip(jax.tree.leaves(host.basis), jax.tree.leaves(device.basis), strict=True):
+        assert isinstance(rows, np.ndarray) and rows.shape == expected.shape
+        np.testing.assert_allclose(rows, expected, atol=1e-3)
+
+
+def test_a_basis_on_the_host_with_restarts_finds_repeated_eigenvalues():
+    values = np.array([3.0, 3.0, 3.0, 1.0, 1.0, -2.0])
+    operator, key = helpers.as_operator(helpers.rotated(values)), jax.random.key(1)
+    found, vectors, residuals = jh.top_eigenpairs(
+        operator, like=jnp.zeros(6), key=key, k=4, num_steps=6, reorthogonalize="host"
+    )
+    np.testing.assert_allclose(found, [3, 3, 3, 1], atol=1e-4)
+    assert isinstance(vectors, np.ndarray) and residuals.max() < 1e-4
+    np.testing.assert_allclose(vectors @ vectors.T, np.eye(4), atol=1e-4)
+    spectrum = jh.spectrum(operator, like=jnp.zeros(6), key=key, reorthogonalize="host")
+    np.testing.assert_allclose(spectrum.nodes, np.sort(values), atol=1e-4)
+
+
+def test_a_basis_on_the_host_is_refused_under_jit_and_other_words_everywhere():
+    with pytest.raises(TypeError, match="a basis on the host needs a loop on the host"):
+        jax.jit(lambda v: jh.lanczos(lambda x: x, v, 2, reorthogonalize="host").alphas)(jnp.ones(3))
+    with pytest.raises(ValueError, match="True, False or 'host', got 'disk'"):
+        jh.lanczos(lambda x: x, jnp.ones(3), 2, reorthogonalize="disk")
