@@ -3,8 +3,8 @@
     python -m experiments.run table1 model=lenet dataset=mnist trials=5
 
 10 trainings; with ``epochs=15`` LeNet takes some minutes for each on one CPU core, the released settings are 30 and 40
-epochs. An interrupted table goes on. The paper finds 0.02 to 3.1 points less error with the penalty. Expected on LeNet: no
-difference that five trials could tell from none, the released coefficients being small at one step in fifty.
+epochs. An interrupted table goes on. The paper finds 0.02 to 3.1 points less error with the penalty. Expected on
+LeNet: no difference that five trials could tell from none, the released coefficients being small at one step in fifty.
 """
 
 from __future__ import annotations
