@@ -276,7 +276,8 @@ def print_table(out_dir: pathlib.Path, claims: Sequence[Claim]) -> None:
         print(judge(claim, {arm: [r[claim.metric] for r in records] for arm, records in numbers.items()}))
     spectra = results.load_arrays(out_dir / "spectra.npz")
     merged = {ARMS[arm]: {"total": _merged(measure.unpack(spectra, arm).values())} for arm in numbers}
-    plot.save(plot.log_densities(merged, f"Hessian at the end of training; {title(config, 'mean')}"), out_dir / "figure.png")
+    words = f"Hessian at the end of training; {title(config, 'mean')}"
+    plot.save(plot.log_densities(merged, words), out_dir / "figure.png")
     skipped = {ARMS[arm]: sum(r["skipped"] for r in records) for arm, records in numbers.items()}
     if any(skipped.values()):
         print(f"penalties left out because they were not finite: {skipped}")
