@@ -411,7 +411,7 @@ def test_figures_of_several_nets_and_of_many_layers(tmp_path):
         "b": {metric: dict.fromkeys(["conv1", "conv2", "fc"], value) for metric, value in point.items()},
     }
     figure = plot.layer_distances(nets, "two nets")
-    assert figure.get_supxlabel() == "relative depth" and len(figure.axes[0].lines) == 2
+    assert figure.get_supxlabel() == "relative depth" and len(figure.axes[0].containers) == 2
     spectrum = jh.Spectrum([0.0, 2.0], [0.75, 0.25], 4)
     many = plot.log_densities({"hessian": {f"conv{i}": spectrum for i in range(19)} | {"total": spectrum}}, "many")
     assert sum(axis.get_visible() for axis in many.axes) == 20
