@@ -118,10 +118,11 @@ class CrossEntropy(_Labelled):
         labels = self._checked(outputs, batch)
         if isinstance(self.labels(batch), jax.core.Tracer) or labels.size == 0:
             return
-        # Known labels are read inside the tracing of something else too. Other processes may hold some of them.
-        with jax.ensure_compile_time_eval():
-            low, high = int(jnp.min(labels)), int(jnp.max(labels))
-        classes = outputs.shape[-1]
+        known, classes = self.labels(batch), outputs.shape[-1]
+        if isinstance(known, jax.Array) and not known.is_fully_addressable:  # other processes hold some of them
+            low, high = int(jnp.min(known)), int(jnp.max(known))
+        else:  # in numpy, so that known labels can be read inside the tracing of something else too
+            low, high = int(np.min(known)), int(np.max(known))
         if low < 0 or high >= classes:
             raise ValueError(f"labels run from {low} to {high}, outside 0..{classes - 1} for {classes} outputs")
 
