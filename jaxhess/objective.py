@@ -122,8 +122,7 @@ class CrossEntropy(_Labelled):
         if isinstance(known, jax.Array) and not known.is_fully_addressable:  # other processes hold some of them
             low, high = int(jnp.min(known)), int(jnp.max(known))
         else:  # in numpy, so that known labels can be read inside the tracing of something else too
-            known = np.asarray(known)
-            low, high = int(known.min()), int(known.max())
+            low, high = int(np.min(known)), int(np.max(known))
         if low < 0 or high >= classes:
             raise ValueError(f"labels run from {low} to {high}, outside 0..{classes - 1} for {classes} outputs")
 
