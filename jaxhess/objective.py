@@ -122,7 +122,8 @@ class CrossEntropy(_Labelled):
         if isinstance(known, jax.Array) and not known.is_fully_addressable:  # other processes hold some of them
             low, high = int(jnp.min(known)), int(jnp.max(known))
         else:  # in numpy, so that known labels can be read inside the tracing of something else too
-            low, high = int(np.min(known)), int(np.max(known))
+            numbers = np.asarray(known)
+            low, high = int(numbers.min()), int(numbers.max())
         if low < 0 or high >= classes:
             raise ValueError(f"labels run from {low} to {high}, outside 0..{classes - 1} for {classes} outputs")
 
