@@ -85,36 +85,6 @@ def test_per_class_takes_the_first_of_each(made):
         data.per_class(made.train, 0, 3)
 
 
-def test_absent_data_set_names_the_command_and_does_not_download(tmp_path):
-    with pytest.raises(
-        ValueError, match=rf"'mnist' is not in {tmp_path}.*tfds build mnist --data_dir={tmp_path} --file"
-    ):
-        data.load("mnist", str(tmp_path))
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="unknown data set 'mnizt'"):
-        data.load("mnizt", str(tmp_path))
-
-
-def test_the_environment_says_where_data_is(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAXHESS_DATA_DIR", str(tmp_path))
-    with pytest.raises(ValueError, match=f"is not in {tmp_path} "):
-        data.load("cifar10")
-
-
-def test_mnist_whole(data_dir):
-    mnist = data.load("mnist", data_dir, progress=False)
-    assert mnist.train["image"].shape == (60_000, 28, 28, 1) and mnist.test["image"].shape == (10_000, 28, 28, 1)
-    assert mnist.num_classes == 10 and mnist.train["image"].dtype == np.uint8
-    np.testing.assert_array_equal(mnist.train["label"][:5], [5, 0, 4, 1, 9])  # as published
-    assert mnist.mean.item() / 255 == pytest.approx(0.1307, abs=1e-4)
-    assert mnist.std.item() / 255 == pytest.approx(0.3081, abs=1e-4)
-
-
-def test_labels_of_another_name(data_dir):
-    with pytest.raises(ValueError, match=r"'colour', a class label.*\['coarse_label', 'label'\]"):
-        data.load("cifar100", data_dir, label="colour")
-
-
 # ---- nets ----
 
 
@@ -221,7 +191,7 @@ def test_mlp_options():
 
 
 def test_unknown_nets_and_options():
-    with pytest.raises(ValueError, match=r"'lenett'.*\['lenet', 'mlp'\]"):
+    with pytest.raises(ValueError, match=r"'lenett'.*'lenet', 'mlp'"):
         models.build("lenett", 10)
     with pytest.raises(ValueError, match=r"no option \['width'\].*\['activation', 'hidden'\]"):
         models.build("mlp", 10, width=3)

@@ -6,12 +6,29 @@ batch norm update the collection "batch_stats".
 
 from __future__ import annotations
 
+from functools import partial
+
 import flax.linen as nn
 
+from experiments.models.densenet import DenseNet
 from experiments.models.lenet import LeNet
 from experiments.models.mlp import MLP
+from experiments.models.resnet import ResNet18
+from experiments.models.vgg import VGG
 
-MODELS = {"lenet": LeNet, "mlp": MLP}
+MODELS = {
+    "lenet": LeNet,
+    "mlp": MLP,
+    "vgg11": partial(VGG, depth=11),
+    "vgg13": partial(VGG, depth=13),
+    "vgg16": partial(VGG, depth=16),
+    "vgg11_bn": partial(VGG, depth=11, batch_norm=True),
+    "vgg13_bn": partial(VGG, depth=13, batch_norm=True),
+    "vgg16_bn": partial(VGG, depth=16, batch_norm=True),
+    "resnet18": ResNet18,
+    "resnet18_noskip": partial(ResNet18, skip=False),
+    "densenet": DenseNet,
+}
 
 
 def build(name: str, num_classes: int, **options) -> nn.Module:
@@ -20,7 +37,7 @@ def build(name: str, num_classes: int, **options) -> nn.Module:
     Args:
       name: a key of `MODELS`.
       num_classes: number of outputs.
-      **options: fields of the net, such as ``hidden=(64, 32)`` of the MLP.
+      **options: fields of the net that its name leaves open, such as ``hidden=(64, 32)`` of the MLP.
 
     Returns:
       A Flax module, hashable by its fields.
@@ -30,8 +47,9 @@ def build(name: str, num_classes: int, **options) -> nn.Module:
     """
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; choose from {sorted(MODELS)}")
-    fields = {field for field in MODELS[name].__dataclass_fields__ if field not in ("parent", "name", "num_classes")}
+    model = partial(MODELS[name])  # of a class or of a partial, with its keywords
+    fields = set(model.func.__dataclass_fields__) - {"parent", "name", "num_classes", *model.keywords}
     unknown = set(options) - fields
     if unknown:
         raise ValueError(f"model {name!r} has no option {sorted(unknown)}; it has {sorted(fields)}")
-    return MODELS[name](num_classes=num_classes, **options)
+    return model(num_classes=num_classes, **options)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from experiments.models import ops
 
@@ -25,11 +24,7 @@ class LeNet(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Logits (N, num_classes) of images (N, H, W, C) of 28x28 or 32x32 pixels."""
-        if images.ndim != 4 or images.shape[1:3] not in ((28, 28), (32, 32)):
-            raise ValueError(f"LeNet takes images (N, 28, 28, C) or (N, 32, 32, C), got {images.shape}")
-        margin = (32 - images.shape[1]) // 2
-        # The border is continued: a zero would be a frame of mean brightness around normalised images.
-        x = jnp.pad(images, ((0, 0), (margin, margin), (margin, margin), (0, 0)), mode="edge")
+        x = ops.pad_to_32(images)
         for i, features in enumerate((6, 16), start=1):
             conv = nn.Conv(features, (5, 5), padding="VALID", conv_general_dilated=self.convolution, name=f"conv{i}")
             x = nn.relu(ops.max_pool(conv(x)))  # ReLU and maximum commute; behind it are a quarter of the values

@@ -1,7 +1,14 @@
-"""Convolution and max pooling in the forms that XLA's CPU backend runs fastest; same numbers as Flax's own."""
+"""Convolution and max pooling in the forms that XLA's CPU backend runs fastest; same numbers as Flax's own.
+
+And what else the nets share.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -32,10 +39,7 @@ def row_convolution(
     Returns:
       (N, H', W', F).
     """
-    dilations = (options.get("lhs_dilation"), options.get("rhs_dilation"))
-    plain = tuple(strides) == (1, 1) and options.get("feature_group_count", 1) == 1
-    plain = plain and all(dilation is None or set(dilation) == {1} for dilation in dilations)
-    if jax.default_backend() != "cpu" or not plain:
+    if jax.default_backend() != "cpu" or not _plain(strides, options):
         return lax.conv_general_dilated(inputs, kernel, strides, padding, **options)
     kh, kw, channels, features = kernel.shape
     if isinstance(padding, str):
@@ -54,12 +58,107 @@ def row_convolution(
     )
 
 
+def patch_convolution(
+    inputs: jax.Array,
+    kernel: jax.Array,
+    strides: tuple[int, int],
+    padding: str | list[tuple[int, int]],
+    **options,
+) -> jax.Array:
+    """A two-dimensional convolution as one product of patches and a matrix; takes what `row_convolution` takes.
+
+    The patches are kh * kw times as large as the inputs. On other devices, or with strides, dilations or groups, it
+    is ``lax.conv_general_dilated``.
+    """
+    if jax.default_backend() != "cpu" or not _plain(strides, options):
+        return lax.conv_general_dilated(inputs, kernel, strides, padding, **options)
+    kh, kw, _, features = kernel.shape
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(inputs.shape[1:3], (kh, kw), (1, 1), padding)
+    inputs = jnp.pad(inputs, ((0, 0), *padding, (0, 0)))
+    height, width = inputs.shape[1] - kh + 1, inputs.shape[2] - kw + 1
+    corners = [(i, j) for i in range(kh) for j in range(kw)]
+    patches = jnp.concatenate([inputs[:, i : i + height, j : j + width] for i, j in corners], axis=-1)
+    return jnp.matmul(patches, kernel.reshape(-1, features), precision=options.get("precision"))
+
+
+def convolution(
+    inputs: jax.Array,
+    kernel: jax.Array,
+    strides: tuple[int, int],
+    padding: str | list[tuple[int, int]],
+    **options,
+) -> jax.Array:
+    """`patch_convolution` where that is much faster than XLA's, else ``lax.conv_general_dilated``; same arguments.
+
+    One core, batch 32, 3x3 kernels, the gradient and the Hessian product of a layer in ms, XLA's / patches:
+    512 -> 512 channels on 2x2: 3063 / 48, 9448 / 195; on 4x4: 234 / 204, 772 / 644.
+    256 -> 256 on 8x8: 228 / 207, 602 / 628. 128 -> 128 on 16x16: 222 / 320, 852 / 800.
+    64 -> 64 on 32x32: 870 / 486, 2257 / 900. 88 -> 12 on 32x32: 143 / 436.
+    """
+    height, width, channels = inputs.shape[1:]
+    tiny = height * width <= 16
+    large = height * width >= 1024 and min(channels, kernel.shape[-1]) >= 64  # XLA's gradient of the kernel is slow
+    chosen = patch_convolution if tiny or large else lax.conv_general_dilated
+    return chosen(inputs, kernel, strides, padding, **options)
+
+
+def _plain(strides, options):
+    """Whether a convolution has no strides, groups or dilations."""
+    dilations = (options.get("lhs_dilation"), options.get("rhs_dilation"))
+    return (
+        tuple(strides) == (1, 1)
+        and options.get("feature_group_count", 1) == 1
+        and all(dilation is None or set(dilation) == {1} for dilation in dilations)
+    )
+
+
 def max_pool(inputs: jax.Array) -> jax.Array:
     """Maxima of 2x2 windows, (N, H, W, C) -> (N, H/2, W/2, C), a last odd row or column left out as in Flax.
 
     As reshape and maximum, since ``reduce_window`` and its derivatives are slow on a CPU. Between equal maxima the
     gradient is shared, where ``nn.max_pool`` gives all of it to the first.
     """
+    return _windows(inputs).max(axis=(2, 4))
+
+
+def mean_pool(inputs: jax.Array) -> jax.Array:
+    """Means of 2x2 windows, (N, H, W, C) -> (N, H/2, W/2, C), a last odd row or column left out as in Flax."""
+    return _windows(inputs).mean(axis=(2, 4))
+
+
+def conv(convolution: Callable, use_bias: bool = False) -> Callable[..., nn.Module]:
+    """The class of 3x3 convolutions that keep the size of the image; ``conv(features, ...)`` makes one."""
+    return partial(
+        nn.Conv,
+        kernel_size=(3, 3),
+        padding=1,
+        use_bias=use_bias,
+        kernel_init=nn.initializers.he_normal(),
+        conv_general_dilated=convolution,
+    )
+
+
+def batch_norm(train: bool) -> Callable[..., nn.Module]:
+    """The class of batch norms: of the batch's statistics in training, of the running ones otherwise."""
+    return partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5)
+
+
+def scaled(features: int, width: float) -> int:
+    """A number of channels times a factor, at least 1."""
+    return max(1, round(features * width))
+
+
+def pad_to_32(images: jax.Array) -> jax.Array:
+    """Images (N, 28, 28, C) or (N, 32, 32, C) as (N, 32, 32, C); ValueError for others."""
+    if images.ndim != 4 or images.shape[1:3] not in ((28, 28), (32, 32)):
+        raise ValueError(f"images must be (N, 28, 28, C) or (N, 32, 32, C), got {images.shape}")
+    margin = (32 - images.shape[1]) // 2
+    # The border is continued: a zero would be a frame of mean brightness around normalised images.
+    return jnp.pad(images, ((0, 0), (margin, margin), (margin, margin), (0, 0)), mode="edge")
+
+
+def _windows(inputs):
+    """(N, H/2, 2, W/2, 2, C): windows of 2x2."""
     n, h, w, c = inputs.shape
-    windows = inputs[:, : h // 2 * 2, : w // 2 * 2].reshape(n, h // 2, 2, w // 2, 2, c)
-    return windows.max(axis=(2, 4))
+    return inputs[:, : h // 2 * 2, : w // 2 * 2].reshape(n, h // 2, 2, w // 2, 2, c)
