@@ -18,6 +18,7 @@ from experiments.train import objective
 
 PyTree = Any
 GRAM_ROWS = 2000
+GRAM_BYTES = 4 * 2**30  # of rows that are held: a gradient each, 37 GB for 1,000 of VGG11
 _FIELDS = ("nodes", "weights", "residuals", "dim", "num_steps")
 
 
@@ -71,6 +72,7 @@ def spectra(
                 curvature=curvature,
                 method="gram" if curvature == "ggn" and rows <= GRAM_ROWS else "lanczos",
                 layers=layers,
+                max_bytes=GRAM_BYTES,
                 progress=report,
             )
     return found

@@ -259,6 +259,7 @@ def layer_spectra(
     method: str = "lanczos",
     layers: Sequence[str] | None = None,
     reorthogonalize: bool | str = True,
+    max_bytes: int = 2**30,
     progress: Callable[[int, int], None] | None = None,
     has_aux: bool = False,
 ) -> dict[str, Spectrum]:
@@ -275,6 +276,7 @@ def layer_spectra(
       curvature: "hessian", "ggn" or "functional".
       method: "lanczos", or for the GGN "gram": exact, from the Gram matrix (see `ggn_eigenvalues`).
       layers: names of the layers that are wanted; all by default. A layer has the same spectrum either way.
+      max_bytes: for "gram", as for `ggn_eigenvalues`.
       progress: ``progress(done, total)`` in Lanczos steps over all layers.
 
     Returns:
@@ -305,7 +307,7 @@ def layer_spectra(
     chosen = {layer.name for layer in (every if layers is None else find_layers(params, layers))}
     wanted = {i: layer for i, layer in enumerate(every) if layer.name in chosen}
     if method == "gram":
-        values = gram_eigenvalues(loss, params, batch, every, progress=progress)
+        values = gram_eigenvalues(loss, params, batch, every, max_bytes=max_bytes, progress=progress)
         sizes = {layer.name: dimension(layer.arrays(params)) for layer in wanted.values()}
         sizes["total"] = dimension(params)
         return {name: Spectrum.from_eigenvalues(values[name], size) for name, size in sizes.items()}

@@ -85,6 +85,15 @@ def batchnorm_net(params, batch):
     return affine(params["fc2"], x)
 
 
+def conv_net(params, batch):
+    """conv, batch norm, tanh, means over the pixels, fc on images (N, 1, H, W); statistics as in `batchnorm_net`."""
+    x = jax.lax.conv_general_dilated(batch["x"], params["conv"]["w"], (1, 1), "SAME")
+    mean, var = batch["stats"] if "stats" in batch else (x.mean((0, 2, 3)), x.var((0, 2, 3)))
+    mean, scale = mean[None, :, None, None], params["norm"]["scale"] / jnp.sqrt(var + 1e-3)
+    x = jnp.tanh((x - mean) * scale[None, :, None, None] + params["norm"]["bias"][None, :, None, None])
+    return affine(params["fc"], x.mean((2, 3)))
+
+
 def lenet(params, batch):
     """6-16-120-84-10 on images (N, 1, 28, 28)."""
 
@@ -144,6 +153,15 @@ def problem(name) -> Problem:
             bare = problem("batch norm")
             more = {"stats": (normal(5, 4), normal(6, 4) ** 2), "key": jax.random.key(3)}
             return Problem(bare.objective, bare.params, bare.batch | more)
+        case "conv, batch norm":
+            norm = {"scale": normal(3, 4) + 1, "bias": normal(4, 4)}
+            conv = {"w": normal(11, 4, 1, 3, 3, scale=0.5)}
+            params = {"conv": conv, "norm": norm} | dense_layers([4, 3], names=["fc"])
+            batch = {"x": normal(15, 7, 1, 5, 5), "label": labels(7, 3, 7)}
+            return Problem(jh.Objective(conv_net, jh.cross_entropy), params, batch)
+        case "conv, batch statistics":
+            bare = problem("conv, batch norm")
+            return Problem(bare.objective, bare.params, bare.batch | {"stats": (normal(5, 4), normal(6, 4) ** 2)})
         case "lenet":
             params = {
                 "conv1": {"w": normal(11, 6, 1, 5, 5, scale=0.3), "b": normal(12, 6, scale=0.3)},

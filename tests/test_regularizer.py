@@ -12,7 +12,7 @@ from helpers import problem
 
 import jaxhess as jh
 
-NETS = {"mlp": "fc1", "batch norm": "norm", "lenet": "conv2"}
+NETS = {"mlp": "fc1", "conv, batch norm": "norm", "lenet": "conv2"}
 FORMS = ["hessian", "ggn"]
 KEY = jax.random.key(5)
 

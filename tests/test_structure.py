@@ -20,6 +20,7 @@ NETS = [
     "sequence",
     "batch norm",
     "batch statistics and dropout",
+    "conv, batch norm",
 ]
 
 
@@ -67,6 +68,17 @@ def test_lenet_in_float32():
     exact = nonzero_eigenvalues(helpers.block_ggn(p, "conv1"), 1e-6)
     np.testing.assert_allclose(found[: len(exact)], exact, rtol=1e-3, atol=1e-6 * exact[0])
     assert len(exact) <= len(found) <= 18
+
+
+@pytest.mark.parametrize(("name", "layer"), [("lenet", "conv2"), ("conv, batch statistics", "conv")])
+def test_lanczos_finds_the_same_in_float32(name, layer):
+    p = problem(name)
+    for block in (None, layer):
+        like = p.params if block is None else jh.subtree(p.params, block)
+        ggn = jh.ggn(p.objective, p.params, p.batch, layer=block)
+        values, _, _ = jh.top_eigenpairs(ggn, like=like, key=jax.random.key(0), k=5)
+        found = jh.ggn_eigenvalues(p.objective, p.params, p.batch, layer=block)
+        np.testing.assert_allclose(found[:5], values, rtol=1e-4)
 
 
 def test_a_layer_without_curvature_has_no_eigenvalues():

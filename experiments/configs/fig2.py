@@ -53,6 +53,7 @@ def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> N
             batch,
             dataset.num_classes,
             weighting=config.weighting,
+            max_bytes=measure.GRAM_BYTES,
             progress=report,
         )
     arrays, numbers = {}, {}
