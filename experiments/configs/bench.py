@@ -1,14 +1,18 @@
 """Times every product and estimator, as milliseconds and as ratios to one gradient of the same net and batch.
 
     python -m experiments.run bench model=lenet batch_size=64
+    python -m experiments.run bench model=resnet18 batch_size=32 one_program=false peers=true
 
 About 3 minutes for LeNet on two CPU cores, most of it compiling. All rows are timed in turn in each of ``repeats``
-rounds, so that what slows the machine slows them all; the medians over rounds are printed. With the package
-``matfree`` installed its Lanczos runs beside ours, on the same compiled product.
+rounds, so that what slows the machine slows them all; the medians over rounds are printed, of ratios those within a
+round. With the package ``matfree`` installed its Lanczos runs beside ours, on the same compiled product. With
+``peers=true`` PyHessian, curvlinops and plain PyTorch do the same work in the same rounds, in an environment of their
+own that is made beside the folders of the results.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -24,9 +28,10 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 import jaxhess as jh
-from experiments import models, results
-from experiments.measure import progress_bar
-from experiments.train import objective
+from experiments import arms, measure, models, peers, results
+from experiments.data import Dataset
+from experiments.memory import peak_memory
+from experiments.train import Penalty, Stepper, TrainConfig, objective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,115 +41,222 @@ class Config:
     Attributes:
       model: name of the net.
       batch_size: images in the batch; random, since the time does not depend on them.
-      num_classes: number of classes.
-      size: side of the images.
-      channels: channels of the images.
       repeats: rounds.
+      patience: seconds; rows that take longer are timed in the first round only.
       num_probes: probes at once, for the traces.
       num_steps: Lanczos steps.
-      matfree: also time matfree's Lanczos, where it is installed.
+      penalty_probes: n of the penalty in the training steps.
+      one_program: also Lanczos inside one program, ours and matfree's where it is installed; on CPUs convolutions
+        are slow there.
+      peers: also the work of the peers in PyTorch.
+      peers_python: interpreter of an environment with the packages of experiments/peers.txt; made where there is none.
     """
 
     model: str = "lenet"
     batch_size: int = 64
-    num_classes: int = 10
-    size: int = 28
-    channels: int = 1
     repeats: int = 5
+    patience: float = 20.0
     num_probes: int = 8
     num_steps: int = 100
-    matfree: bool = True
+    penalty_probes: int = 3
+    one_program: bool = True
+    peers: bool = False
+    peers_python: str = ""
+
+
+INTERVALS = (1, 25, 50, 100, 200)
+STEP, STEP_WITH = "training step", "training step, penalty {}, {} probe(s)"
+LAYERS = "spectra of all layers and the net, Gram"
+TRACES, PENALTY = "all layer traces, {}, {}", "HTR gradient, {}, 1 probe"
+PRODUCT, LANCZOS, MATFREE = "HVP, one of many at a point", "{} Lanczos steps", "{} Lanczos steps, matfree"
 
 
 def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> None:
-    """Times all rows, prints the table and saves it."""
+    """Times all rows, and saves the seconds of every round."""
     rows = make_rows(config)
-    first, times = {}, {name: [] for name in rows}
-    with progress_bar("compiling and timing") as report:
-        total = len(rows) * (config.repeats + 1)
-        for name, (function, _) in rows.items():
-            first[name] = _seconds(function)
-            report(len(first), total)
-        for repeat in range(config.repeats):
-            for number, (name, (function, _)) in enumerate(rows.items(), 1):
-                times[name].append(_seconds(function))
-                report(len(rows) * (repeat + 1) + number, total)
-    medians = {name: float(np.median(times[name])) / per for name, (_, per) in rows.items()}
+    with contextlib.ExitStack() as stack:
+        timers = {
+            name: (partial(_seconds, call), partial(peak_memory, _waiting(call))) for name, (call, _) in rows.items()
+        }
+        if config.peers:
+            python = config.peers_python or peers.environment(out_dir.parent / ".peers")
+            others = peers.Peers(python, config.model, config.batch_size, config.num_steps)
+            stack.callback(others.close)
+            timers |= {
+                name: tuple(partial(others.ask, what, name) for what in ("time", "memory")) for name in others.names
+            }
+        report = stack.enter_context(measure.progress_bar("compiling and timing"))
+        total, done = len(timers) * (config.repeats + 2), 0
+
+        def called(function):
+            nonlocal done
+            value = function()
+            report(done := done + 1, total)
+            return value
+
+        first = {name: called(timer) for name, (timer, _) in timers.items()}
+        memory = {name: called(peak) for name, (_, peak) in timers.items()}
+        times = {name: [called(timer)] for name, (timer, _) in timers.items()}
+        for _ in range(config.repeats - 1):
+            for name, (timer, _) in timers.items():
+                times[name].append(called(timer) if times[name][0] <= config.patience else None)
     numbers = {
         "machine": f"{os.cpu_count()} {platform.machine()} cores, {jax.default_backend()}, jax {jax.__version__}",
+        "layers": len(_problem(config)[3]),
         "rows": {
             name: {
-                "ms": 1e3 * seconds,
-                # Ratios within a round, then their median: a slow round slows both.
-                "gradients": float(np.median(np.divide(times[name], times["gradient"]))) / rows[name][1],
+                "seconds": times[name],
+                "per": rows[name][1] if name in rows else 1,
                 "first_call_s": first[name],
+                "peak_mib": memory[name],
             }
-            for name, seconds in medians.items()
+            for name in timers
         },
     }
     results.save_json(out_dir / "numbers.json", numbers)
 
 
 def draw(out_dir: pathlib.Path) -> None:
-    """Prints the table from the saved numbers."""
+    """Prints the tables from the saved numbers."""
     numbers, config = results.load_json(out_dir / "numbers.json"), results.load_json(out_dir / "config.json")
-    width = max(map(len, numbers["rows"]))
-    about = f"{config['model']}, batch {config['batch_size']}, medians of {config['repeats']} rounds"
-    print(f"{about}; {numbers['machine']}")
-    print(f"{'':{width}}  {'ms':>9}  {'gradients':>9}  {'first call, s':>13}")
-    for name, row in numbers["rows"].items():
-        print(f"{name:{width}}  {row['ms']:9.2f}  {row['gradients']:9.2f}  {row['first_call_s']:13.1f}")
+    rows = numbers["rows"]
+    print(
+        f"{config['model']}, batch {config['batch_size']}, medians of {config['repeats']} rounds; {numbers['machine']}"
+    )
+    lines = [["", "ms", "gradients", "peak MiB", "first call, s"]]
+    for name, row in rows.items():
+        own = peers.GRADIENT if name.partition(":")[0] in ("torch", "PyHessian", "curvlinops") else "gradient"
+        ms = 1e3 * np.median([t for t in row["seconds"] if t is not None]) / row["per"]
+        peak = "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
+        lines.append([name, f"{ms:.2f}", f"{ratio(rows, name, own):.2f}", peak, f"{row['first_call_s']:.1f}"])
+    arms.print_columns(lines)
+
+    print("\nan epoch with the penalty at every f_r-th step, by the two steps, as a ratio to one without:")
+    lines = [["", *(f"f_r = {every}" for every in INTERVALS)]]
+    for name in rows:
+        if name.startswith(f"{STEP},"):
+            more = ratio(rows, name, STEP) - 1
+            lines.append([name.removeprefix(f"{STEP}, "), *(f"{1 + more / every:.2f}" for every in INTERVALS)])
+    arms.print_columns(lines)
+
+    if compared := comparisons(config, numbers):
+        print("\nours and theirs, the ratio of times within a round:")
+        lines = [["", "beside", "ours / theirs", "ahead"]]
+        for ours, theirs, quotient in compared:
+            ahead = "ours" if quotient < 1 else theirs.partition(":")[0]
+            lines.append([ours, theirs, f"{quotient:.2f}", ahead])
+        arms.print_columns(lines)
+
+
+def ratio(rows: dict, name: str, other: str) -> float:
+    """The median over rounds of the time of a row (for one probe) in times of another."""
+    pairs = zip(rows[name]["seconds"], rows[other]["seconds"], strict=True)
+    quotients = [a / b for a, b in pairs if a is not None and b is not None]
+    return float(np.median(quotients)) / rows[name]["per"] * rows[other]["per"]
+
+
+def comparisons(config: dict, numbers: dict) -> list[tuple[str, str, float]]:
+    """(our row, that of a peer, time of ours / time of theirs) of those that were timed."""
+    rows, steps, probes = numbers["rows"], config["num_steps"], config["num_probes"]
+    theirs = peers.LANCZOS.format(steps)
+    pairs = [
+        ("gradient", peers.GRADIENT),
+        (PRODUCT, peers.PRODUCT),
+        (PRODUCT, peers.HVP),
+        ("GGN product, one of many", peers.GGN),
+        (LANCZOS.format(steps), theirs),
+        (LANCZOS.format(steps), MATFREE.format(steps)),
+        (TRACES.format("GGN", f"a probe of {probes}"), peers.TRACES),
+        (TRACES.format("GGN", "1 probe"), peers.TRACES),
+        (PENALTY.format("GGN"), peers.PENALTY),
+        (PENALTY.format("Hessian"), peers.PENALTY),
+    ]
+    found = [(ours, other, ratio(rows, ours, other)) for ours, other in pairs if {ours, other} <= set(rows)]
+    if theirs in rows:
+        # PyHessian has no GGN and no layers: what it could give is a run of Lanczos for each layer and for the net.
+        runs = numbers["layers"] + 1
+        found.append((LAYERS, f"{theirs}, {runs} times", ratio(rows, LAYERS, theirs) / runs))
+    return found
+
+
+def _problem(config):
+    """(net, parameters, batch, layers)."""
+    model = models.build(config.model, 10)
+    keys = jax.random.split(jax.random.key(0), 3)
+    shape = (28, 28, 1) if config.model == "lenet" else (32, 32, 3)
+    images = jax.random.normal(keys[0], (config.batch_size, *shape))
+    variables = jax.jit(model.init)(keys[1], images[:1])
+    batch = {"image": images, "label": jax.random.randint(keys[2], (config.batch_size,), 0, 10)}
+    if "batch_stats" in variables:
+        batch["batch_stats"] = variables["batch_stats"]
+    params = variables["params"]
+    return model, params, batch, jh.layer_names(params, objective(model), batch)
 
 
 def make_rows(config: Config) -> dict[str, tuple[Callable, int]]:
     """{name: (function to time, what its time is divided by)}."""
-    model = models.build(config.model, config.num_classes)
-    keys = jax.random.split(jax.random.key(0), 5)
-    images = jax.random.normal(keys[0], (config.batch_size, config.size, config.size, config.channels))
-    variables = jax.jit(model.init)(keys[1], images[:1])
-    params = variables["params"]
-    batch = {"image": images, "label": jax.random.randint(keys[2], (config.batch_size,), 0, config.num_classes)}
-    if "batch_stats" in variables:
-        batch["batch_stats"] = variables["batch_stats"]
-    loss = objective(model)
+    model, params, batch, _ = _problem(config)
+    loss, key = objective(model), jax.random.key(1)
 
     gradient = jax.jit(jax.grad(loss))
     hessian, ggn = jh.hessian(loss, params, batch), jh.ggn(loss, params, batch)
     linear, linear_ggn = jh.linearize(hessian, like=params), jh.linearize(ggn, like=params)
-    start = jax.tree.map(lambda x: jax.random.normal(keys[3], x.shape), params)
-    probes = config.num_probes
+    start = jax.tree.map(lambda x: jax.random.normal(key, x.shape), params)
+    probes, steps = config.num_probes, config.num_steps
+    curvatures = {"GGN": "ggn", "Hessian": "hessian"}
     penalties = {
-        curvature: jax.jit(partial(jh.hessian_trace_penalty, loss, key=keys[4], curvature=curvature))
-        for curvature in ("ggn", "hessian")
+        words: jax.jit(partial(jh.hessian_trace_penalty, loss, key=key, curvature=curvature))
+        for words, curvature in curvatures.items()
     }
 
     def traces(curvature, count):
-        return jh.layer_traces(
-            loss, params, batch, key=keys[4], num_probes=count, chunk_size=probes, curvature=curvature
-        )
+        return jh.layer_traces(loss, params, batch, key=key, num_probes=count, chunk_size=probes, curvature=curvature)
+
+    def gram():
+        options = dict(curvature="ggn", method="gram", max_bytes=measure.GRAM_BYTES)
+        return jh.layer_spectra(loss, params, batch, key=key, **options)["total"].nodes
 
     rows = {
         "gradient": (lambda: gradient(params, batch), 1),
         "HVP": (lambda: hessian(start), 1),
-        "HVP, one of many at a point": (lambda: linear(start), 1),
+        PRODUCT: (lambda: linear(start), 1),
         "GGN product": (lambda: ggn(start), 1),
         "GGN product, one of many": (lambda: linear_ggn(start), 1),
-        "all layer traces, GGN, 1 probe": (lambda: traces("ggn", 1), 1),
-        f"all layer traces, GGN, a probe of {probes}": (lambda: traces("ggn", probes), probes),
-        "all layer traces, Hessian, 1 probe": (lambda: traces("hessian", 1), 1),
-        f"all layer traces, Hessian, a probe of {probes}": (lambda: traces("hessian", probes), probes),
-        "HTR gradient, GGN, 1 probe": (lambda: penalties["ggn"](params, batch), 1),
-        "HTR gradient, Hessian, 1 probe": (lambda: penalties["hessian"](params, batch), 1),
-        f"{config.num_steps} Lanczos steps": (lambda: jh.lanczos(linear, start, config.num_steps), 1),
-        f"{config.num_steps} Lanczos steps, three vectors": (
-            lambda: jh.lanczos(linear, start, config.num_steps, reorthogonalize=False),
-            1,
-        ),
-        f"{config.num_steps} Lanczos steps, one program": (_inside_jit(linear, start, config.num_steps), 1),
     }
-    if config.matfree and importlib.util.find_spec("matfree"):
-        rows[f"{config.num_steps} Lanczos steps, matfree"] = (_matfree_lanczos(linear, start, config.num_steps), 1)
-    return rows
+    for words, curvature in curvatures.items():
+        rows[TRACES.format(words, "1 probe")] = (partial(traces, curvature, 1), 1)
+        rows[TRACES.format(words, f"a probe of {probes}")] = (partial(traces, curvature, probes), probes)
+    for words, penalty in penalties.items():
+        rows[PENALTY.format(words)] = (partial(penalty, params, batch), 1)
+    rows |= {
+        LANCZOS.format(steps): (lambda: jh.lanczos(linear, start, steps), 1),
+        f"{LANCZOS.format(steps)}, three vectors": (lambda: jh.lanczos(linear, start, steps, reorthogonalize=False), 1),
+        LAYERS: (gram, 1),
+    }
+    if config.one_program:
+        rows[f"{LANCZOS.format(steps)}, one program"] = (_inside_jit(linear, start, steps), 1)
+        if importlib.util.find_spec("matfree"):
+            rows[MATFREE.format(steps)] = (_matfree_lanczos(linear, start, steps), 1)
+    return rows | _training_steps(config, model, batch)
+
+
+def _training_steps(config, model, batch):
+    """A step of SGD, and with the penalty: of one probe by the GGN, and of n by either form."""
+    count = config.batch_size
+    split = {
+        "image": np.random.default_rng(0).integers(256, size=batch["image"].shape, dtype=np.uint8),
+        "label": np.asarray(batch["label"], np.int32),
+    }
+    dataset, plain = Dataset.create("random", 10, split, split), TrainConfig(batch_size=count)
+    steps = {STEP: plain}
+    for words, curvature, probes in (
+        ("GGN", "ggn", 1),
+        ("GGN", "ggn", config.penalty_probes),
+        ("Hessian", "hessian", config.penalty_probes),
+    ):
+        penalty = Penalty(gamma=1e-6, every=1, num_probes=probes, curvature=curvature)
+        steps[STEP_WITH.format(words, probes)] = dataclasses.replace(plain, penalty=penalty)
+    return {name: (partial(Stepper(model, dataset, settings).advance, 1), 1) for name, settings in steps.items()}
 
 
 def _inside_jit(operator, start, num_steps):
@@ -163,6 +275,10 @@ def _matfree_lanczos(operator, start, num_steps):
         return tridiag(lambda v: ravel_pytree(op(unravel(v)))[0], vector / jnp.linalg.norm(vector))
 
     return partial(decompose, operator, flat)
+
+
+def _waiting(function):
+    return lambda: jax.block_until_ready(function())
 
 
 def _seconds(function):
