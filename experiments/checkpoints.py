@@ -58,7 +58,8 @@ class Checkpoints:
         Damaged ones are deleted, each with a line on stderr.
 
         Args:
-          like: a state of the same structure.
+          like: a state of the same structure; what is spread over devices there comes back spread like it, on however
+            many devices it was kept.
 
         Raises:
           ValueError: if the checkpoint is one of another training.
@@ -111,6 +112,8 @@ def _to_host(x):
 def _to_device(x, like):
     # copy=True: XLA may otherwise use NumPy's memory, and the state is donated.
     array = jnp.array(x, copy=True)
+    if isinstance(like, jax.Array) and len(like.sharding.device_set) > 1:
+        array = jax.device_put(array, like.sharding)
     return jax.random.wrap_key_data(array, impl=jax.random.key_impl(like)) if _is_key(like) else array
 
 

@@ -10,6 +10,7 @@ from helpers import distance, labels, normal, problem, ravel
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxhess as jh
+from experiments.checkpoints import Checkpoints
 from jaxhess.trace import random_like
 
 P = problem("mlp")
@@ -120,3 +121,31 @@ def test_the_transformation_gives_the_steps_of_one_device(places):
     expected, found = htr_steps(*places["one"]), htr_steps(*places["all"])
     for name, value in expected.items():
         assert distance(np.ravel(found[name]), np.ravel(value)) < 1e-4, name
+
+
+def test_a_run_that_lost_devices_goes_on_on_fewer(tmp_path, mesh):
+    """Four steps: two on eight devices, and after the checkpoint two on the four that are left."""
+    tx = optax.chain(jh.add_hessian_trace(P.objective, 1e-3, key=KEY), optax.sgd(1e-2, momentum=0.9))
+
+    def steps(count, params, state, batch):
+        for _ in range(count):
+            params, state = _step(tx, params, state, batch)
+        return params, state
+
+    one, _ = steps(4, P.params, tx.init(P.params), BATCH)
+
+    params = spread_params(mesh, P.params)
+    kept = Checkpoints(tmp_path, {"run": "one"})
+    kept.save(2, steps(2, params, tx.init(params), spread_batch(mesh, BATCH)), {})
+    kept.close()
+
+    fewer = Mesh(mesh.devices[:2], mesh.axis_names)
+    params = spread_params(fewer, P.params)
+    kept = Checkpoints(tmp_path, {"run": "one"})
+    done, restored, _ = kept.latest((params, tx.init(params)))
+    kept.close()
+    assert done == 2
+    for x, like in zip(jax.tree.leaves(restored[0]), jax.tree.leaves(params), strict=True):
+        assert x.sharding.is_equivalent_to(like.sharding, x.ndim) and len(x.sharding.device_set) == 4
+    found, _ = steps(2, *restored, spread_batch(fewer, BATCH))
+    assert distance(ravel(found), ravel(one)) < 1e-4
