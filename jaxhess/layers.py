@@ -158,7 +158,7 @@ def find_layers(params: PyTree, names: Sequence[str]) -> tuple[Layer, ...]:
 
 
 def _natural(name):
-    return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in re.split(r"(\d+)", name)]
+    return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in re.split(r"(\d+)", name)]
 
 
 def _owner(path):
