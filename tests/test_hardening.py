@@ -1,4 +1,4 @@
-"""Files that lie, break or cannot be written, and signals: nothing runs, nothing whole is lost, every error says what."""
+"""Files that lie, break or cannot be written, and signals: no code runs, nothing whole is lost, errors say what."""
 
 import ast
 import contextlib
@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments import arms, checkpoints, data, models, plot, results, run
+from experiments import checkpoints, data, models, plot, results, run
 from experiments.configs import demo
 
 ROOT = pathlib.Path(run.__file__).parent.parent
