@@ -36,6 +36,8 @@ class Tridiagonal(NamedTuple):
       >>> t = jh.lanczos(lambda v: 3.0 * v, jnp.ones(2), 2)
       >>> t.num_steps, [round(float(x), 4) for x in t.alphas]
       (1, [3.0])
+
+    Reference: Parlett 1998, The symmetric eigenvalue problem, chapter 13.
     """
 
     alphas: jax.Array | np.ndarray
@@ -240,7 +242,10 @@ def dimension(tree: PyTree) -> int:
 def tree_norm(tree: PyTree) -> jax.Array:
     """The Euclidean norm, by no square that is out of range: float32 has none of numbers below 1e-19."""
     largest = reduce(jnp.maximum, [jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(tree)])
-    unit = jnp.where(largest > 0, largest, 1)
+    # A power of two rounds nothing; zero, infinity and NaN go as they are.
+    unit = jnp.where(
+        jnp.isfinite(largest) & (largest > 0), jnp.ldexp(jnp.ones_like(largest), jnp.frexp(largest)[1] - 1), 1
+    )
     return unit * optax.tree.norm(jax.tree.map(lambda x: x / unit.astype(jnp.result_type(x)), tree))
 
 

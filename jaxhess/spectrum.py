@@ -46,6 +46,8 @@ class Spectrum:
       >>> spec = jh.Spectrum([0.0, 2.0], [0.75, 0.25], dim=4)
       >>> spec.mean, spec.lambda_max, spec.trace
       (0.5, 2.0, 2.0)
+
+    Reference: Golub and Welsch 1969, Calculation of Gauss quadrature rules (nodes and weights from T).
     """
 
     nodes: np.ndarray

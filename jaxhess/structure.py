@@ -110,6 +110,8 @@ class ClassStructure(NamedTuple):
       >>> found = jh.class_structure(objective, jnp.zeros((2, 2)), {"x": jnp.eye(2), "label": jnp.array([0, 1])}, 2)
       >>> found.pairs.shape, found.classes.shape
       ((2, 2, 2), (2, 2))
+
+    Reference: Papyan 2020, Traces of class/cross-class structure pervade deep learning spectra, section 4.
     """
 
     weights: np.ndarray

@@ -39,6 +39,8 @@ class Record:
       >>> table = jh.summarize(lambda w, batch: jnp.sum(w**2), jnp.ones(3), None, key=jax.random.key(0))
       >>> table["total"].parameters, round(float(table["total"].trace.mean), 4)
       (3, 6.0)
+
+    Reference: as `summarize`.
     """
 
     parameters: int
@@ -64,6 +66,8 @@ class Summary(Mapping):
       >>> table = jh.summarize(lambda w, batch: jnp.sum(w**2), jnp.ones(3), None, key=jax.random.key(0))
       >>> table.to_dict()["total"]["lambda_max"], table.spectra["total"].dim
       (2.0, 3)
+
+    Reference: as `summarize`.
     """
 
     def __init__(self, records: dict[str, Record], spectra: dict[str, Spectrum]):

@@ -23,12 +23,19 @@ _LEAST = 8
 
 
 class Estimate(NamedTuple):
-    """A mean over probes, its standard error (NaN for a single probe), and the number of probes.
+    """A mean over probes with its standard error.
+
+    Attributes:
+      mean: scalar, the mean of the probes.
+      std_error: scalar, their standard deviation / sqrt(num_probes); NaN for a single probe.
+      num_probes: the number of probes.
 
     Example:
       >>> import jaxhess as jh
       >>> print(jh.Estimate(12.3456, 0.0321, 64))
       12.35 +- 0.032
+
+    Reference: Hutchinson 1990, A stochastic estimator of the trace of the influence matrix.
     """
 
     mean: jax.Array

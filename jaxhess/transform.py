@@ -31,6 +31,8 @@ class HessianTraceState(NamedTuple):
       >>> tx = jh.add_hessian_trace(lambda p, batch: jnp.sum(p**4), 0.1, key=jax.random.key(0))
       >>> int(tx.init(jnp.ones(2)).skipped)
       0
+
+    Reference: equation (5) of the paper.
     """
 
     count: jax.Array  # type: ignore[assignment]  # as in optax, over tuple.count
