@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from experiments import results
+
 PyTree = Any
 
 
@@ -40,29 +42,42 @@ class Checkpoints:
         Args:
           folder: for one training alone.
           recipe: plain values that say which training it is.
+
+        Raises:
+          ValueError: if the folder cannot be made.
         """
         self.folder, self._recipe = pathlib.Path(folder).absolute(), recipe
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        try:
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
+        except OSError as error:
+            raise results.unwritable(self.folder, error) from error
 
     def save(self, epoch: int, state: PyTree, records: dict[str, list[float]]) -> None:
-        """Keeps the state behind an epoch; returns when it is on the disk."""
+        """Keeps the state behind an epoch; returns when it is on the disk.
+
+        Raises:
+          ValueError: if it cannot be written; the checkpoints before it are whole.
+        """
         host = jax.tree.map(_to_host, state)
         about = {"recipe": self._recipe, "records": records, "digest": _digest(host)}
         args = ocp.args.Composite(state=ocp.args.StandardSave(host), about=ocp.args.JsonSave(about))
-        self._manager.save(epoch, args=args, force=True)
+        try:
+            self._manager.save(epoch, args=args, force=True)
+        except (OSError, ValueError) as error:  # what writes the arrays says ValueError of a full disk
+            raise results.unwritable(self.folder / str(epoch), error) from error
 
     def latest(self, like: PyTree) -> Restored | None:
         """The last whole checkpoint; None if there is none.
 
-        Damaged ones are deleted, each with a line on stderr.
+        Damaged ones are put aside, as "damaged-EPOCH", each with a line on stderr.
 
         Args:
           like: a state of the same structure; what is spread over devices there comes back spread like it, on however
             many devices it was kept.
 
         Raises:
-          ValueError: if the checkpoint is one of another training.
+          ValueError: if the checkpoint is one of another training, or the disk does not let it be read.
         """
         for epoch in sorted(self._manager.all_steps(), reverse=True):
             try:
@@ -74,13 +89,21 @@ class Checkpoints:
                     if _digest(host) != about["digest"]:
                         raise ValueError("its arrays are not those that were saved")
             except Exception as error:  # a damaged file may raise anything
+                if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                    raise ValueError(
+                        f"the checkpoint of epoch {epoch} in {self.folder} cannot be read ({error.strerror or error}); "
+                        f"see to its permissions and its disk, or delete it"
+                    ) from error
                 reason = (str(error).splitlines() or [""])[0][:120]
                 print(
                     f"warning: the checkpoint of epoch {epoch} in {self.folder} is damaged and left out "
                     f"({type(error).__name__}: {reason})",
                     file=sys.stderr,
                 )
-                self._manager.delete(epoch)
+                aside = self.folder / f"damaged-{epoch}"
+                remove(aside)
+                (self.folder / str(epoch)).rename(aside)
+                self._manager.reload()
                 continue
             if about["recipe"] != self._recipe:
                 raise ValueError(

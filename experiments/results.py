@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import pathlib
-import zipfile
-import zlib
+import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,14 +16,42 @@ import numpy as np
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary path beside ``path`` to write to; it takes the place of ``path`` if the block ends without error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A temporary path beside ``path`` to write to; it takes the place of ``path`` if the block ends without error.
+
+    Raises:
+      ValueError: if the file cannot be written (a full disk, a folder that is read-only); what was there is whole.
+    """
     temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
     try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            with temporary.open("rb") as file:  # a full disk may be noticed here first
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def check_writable(folder: pathlib.Path) -> None:
+    """ValueError if nothing can be written to a folder, which need not be there yet: said before hours of work."""
+    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise unwritable(folder, error) from error
+
+
+def unwritable(path: pathlib.Path, error: Exception) -> ValueError:
+    """What to say of a file or folder that cannot be written."""
+    reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+    return ValueError(
+        f"{path} cannot be written ({reason}); free space or take another folder with out=FOLDER, and run it again: "
+        f"what was written before is whole"
+    )
 
 
 def find(path: pathlib.Path) -> pathlib.Path | None:
@@ -39,9 +67,8 @@ def save_json(path: pathlib.Path, value: Any) -> None:
 
 
 def load_json(path: pathlib.Path) -> Any:
-    """Reads JSON; ValueError if it is not there or damaged."""
-    with _readable(path):
-        return json.loads(path.read_text())
+    """Reads JSON; ValueError if it cannot be read or is damaged."""
+    return _parse(path, json.loads)
 
 
 def save_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -55,16 +82,23 @@ def save_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Reads an npz whole; ValueError if it is not there or damaged."""
-    with _readable(path), path.open("rb") as file:  # np.load would leave a damaged file open
-        return dict(np.load(file, allow_pickle=False))
+    """Reads an npz whole, and runs no code that it may hold; ValueError if it cannot be read or is damaged."""
+
+    def parse(content):
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            return dict(arrays)
+
+    return _parse(path, parse)
 
 
-@contextlib.contextmanager
-def _readable(path):
+def _parse(path, parse):
     try:
-        yield
-    except FileNotFoundError as error:
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(f"{path} is not there; run the experiment without redraw=true first") from error
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); see to its permissions and its disk") from error
+    try:
+        return parse(content)
+    except Exception as error:  # a damaged file may raise anything
         raise ValueError(f"{path} is damaged ({error}); delete it and run the experiment again") from error

@@ -16,6 +16,7 @@ import importlib
 import inspect
 import pathlib
 import pkgutil
+import signal
 import sys
 import typing
 from collections.abc import Sequence
@@ -107,7 +108,7 @@ def _value(key, text, kind):
 
 
 def main(words: Sequence[str]) -> int:
-    """Runs the command line; returns the exit status, 2 for what the user can mend."""
+    """Runs the command line; returns the exit status: 2 for what the user can mend, 128 + n after signal n."""
     if not words or words[0] in ("-h", "--help"):
         print(inspect.getdoc(sys.modules[__name__]) if words else "\n".join(_listing()))
         return 0
@@ -124,7 +125,15 @@ def _guarded(function, *args, debug):
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as interrupt:
+        print("interrupted; the same command goes on from the last epoch that was kept", file=sys.stderr)
+        return 128 + (interrupt.args or (signal.SIGINT,))[0]
     return 0
+
+
+def _interrupt(number, frame):
+    """A signal as what Ctrl-C raises, so that half-written files are removed."""
+    raise KeyboardInterrupt(number)
 
 
 def _run(name, words):
@@ -132,6 +141,7 @@ def _run(name, words):
     config, options = parse(words, module.Config, Options)
     out_dir = pathlib.Path(options.out or pathlib.Path("results", _title(name, config)))
     if not options.redraw:
+        results.check_writable(out_dir)
         module.run(config, out_dir, options.data_dir or None)
         made_with = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
         results.save_json(out_dir / "config.json", {"experiment": name, **made_with, **dataclasses.asdict(config)})
@@ -165,4 +175,5 @@ def _describe(name):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupt)
     sys.exit(main(sys.argv[1:]))

@@ -352,8 +352,8 @@ def train_once(
     recipe, path = _kept_as(name, dataset, config, out_dir, callback, options)
     folder = path.with_suffix(".checkpoints")
     if kept := results.find(path):
-        checkpoints.remove(folder)
         tree = unflatten_dict(results.load_arrays(kept), sep="/")
+        checkpoints.remove(folder)  # only now, for a damaged file is no reason to lose them
         tree["records"] = flatten_dict(tree.get("records", {}), sep="/")  # names such as "trace/conv1"
         parts = (
             tree[part] if part in ("params", "history", "step_loss") else tree.get(part, {}) for part in Trained._fields

@@ -47,6 +47,8 @@ class Batches:
       >>> images = np.zeros((10, 8, 8), np.float32)
       >>> len(list(jh.Batches([images[:4], images[4:8], images[8:]])))
       3
+
+    Reference: Welford 1962, Note on a method for calculating corrected sums of squares (the running mean).
     """
 
     batches: Iterable[PyTree]

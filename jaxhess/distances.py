@@ -110,8 +110,13 @@ def count_outliers(spec_or_values: Spectrum | np.ndarray, *, method: str = "gap"
     stand for many eigenvalues each.
 
     "gap": the k of the largest ratio l_k / l_{k+1}, provided it is at least 1.5; else 0.
-    "profile": the k that makes a split of the candidates' logarithms into two normal groups of one variance most
-    likely; with three candidates or more it always finds a split.
+    "profile": the k that makes a split of the logarithms into two normal groups of one variance most likely, provided
+    that l_k / l_{k+1} is at least 1.5; else the upper group is split again, since a bulk is split in its middle where
+    the outliers are few.
+
+    "gap" looks at one ratio, so that outliers that lie as far from each other as from the bulk are cut short;
+    "profile" takes them whole. It needs outliers closer together than their distance to the bulk, and finds too few, or
+    none, where they are spread over an order of magnitude; so does "gap".
 
     Args:
       spec_or_values: `Spectrum`, or an array of all eigenvalues. Of a Lanczos spectrum take one draw: with several,
@@ -140,21 +145,22 @@ def count_outliers(spec_or_values: Spectrum | np.ndarray, *, method: str = "gap"
     values, residuals = spec.nodes[::-1], spec.residuals[::-1]
     apart = (values > spec.weights @ np.abs(spec.nodes)) & (residuals < 0.05 * values)
     count = len(values) if apart.all() else int(np.argmin(apart))
-    if method == "profile":
-        return _profile_split(np.log(values[:count])) if count >= 3 else 0
     if count == 0 or len(values) < 2:
         return 0
-    following = np.append(values[1:], values[-1])[:count]
-    ratios = values[:count] / np.maximum(following, 1e-30 * values[0])
-    best = int(np.argmax(ratios))
-    return best + 1 if ratios[best] >= 1.5 else 0
+    top = np.maximum(values[: count + 1], 1e-30 * values[0])  # the candidates, and what follows them
+    ratios, logs = top[:-1] / top[1:], np.log(top)
+    best = int(np.argmax(ratios)) if method == "gap" else _profile_split(logs) - 1
+    while ratios[best] < 1.5:
+        if method == "gap" or best == 0:
+            return 0
+        best = _profile_split(logs[: best + 1]) - 1
+    return best + 1
 
 
 def _profile_split(x):
     """The size of the first of two groups of normal x with one variance, most likely of all splits."""
     n = len(x)
-    spread = [n * np.var(x)] + [k * np.var(x[:k]) + (n - k) * np.var(x[k:]) for k in range(1, n)]
-    return int(np.argmin(spread[1:])) + 1
+    return int(np.argmin([k * np.var(x[:k]) + (n - k) * np.var(x[k:]) for k in range(1, n)])) + 1
 
 
 def _check(*spectra):

@@ -6,7 +6,7 @@ The basis is a pytree of leaves stacked along a leading axis, (steps, *leaf.shap
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ import scipy.linalg
 from numpy.typing import ArrayLike
 
 from jaxhess.operators import apply_stacked, as_partial, runs_on_host
-from jaxhess.trace import check_count, random_like, spread
+from jaxhess.trace import check_count, check_key, check_known, random_like, spread
 
 PyTree = Any
 
@@ -36,6 +36,8 @@ class Tridiagonal(NamedTuple):
       >>> t = jh.lanczos(lambda v: 3.0 * v, jnp.ones(2), 2)
       >>> t.num_steps, [round(float(x), 4) for x in t.alphas]
       (1, [3.0])
+
+    Reference: Parlett 1998, The symmetric eigenvalue problem, chapter 13.
     """
 
     alphas: jax.Array | np.ndarray
@@ -104,6 +106,8 @@ def lanczos(
         raise ValueError(f"reorthogonalize must be True, False or 'host', got {reorthogonalize!r}")
     if restart_key is not None and not reorthogonalize:
         raise ValueError("a restart needs the basis to be orthogonal to; use reorthogonalize=True")
+    if restart_key is not None:
+        check_key(restart_key, "restart_key")
     num_steps = min(num_steps, dimension(start))
     operator = as_partial(operator)
     norm = tree_norm(start)
@@ -155,7 +159,16 @@ def ritz(alphas: ArrayLike, betas: ArrayLike) -> tuple[np.ndarray, np.ndarray, n
 
     Returns:
       values (m,), vectors (m, m), residuals (m,).
+
+    Raises:
+      TypeError: under ``jit``.
     """
+    check_known(
+        "Ritz values are computed",
+        "call spectrum, layer_spectra, top_eigenpairs and summarize outside; lanczos and layer_traces run inside too",
+        alphas,
+        betas,
+    )
     eps = np.finfo(np.asarray(alphas).dtype).eps
     alphas, betas = np.asarray(alphas, np.float64), np.asarray(betas, np.float64)
     values, vectors = scipy.linalg.eigh_tridiagonal(alphas, betas[:-1])
@@ -192,6 +205,7 @@ def top_eigenpairs(
 
     Raises:
       ValueError: for k < 1, k beyond the dimension, or fewer steps than k.
+      TypeError: under ``jit``, where `lanczos` runs in its place, or for a key that is none.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxhess as jh
@@ -202,6 +216,7 @@ def top_eigenpairs(
 
     Reference: Parlett 1998, The symmetric eigenvalue problem, chapter 13.
     """
+    check_key(key)
     check_count("k", k)
     dim = dimension(like)
     if k > dim:
@@ -223,7 +238,15 @@ def dimension(tree: PyTree) -> int:
     return sum(int(np.size(x)) for x in jax.tree.leaves(tree))
 
 
-tree_norm = jax.jit(optax.tree.norm)
+@jax.jit
+def tree_norm(tree: PyTree) -> jax.Array:
+    """The Euclidean norm, by no square that is out of range: float32 has none of numbers below 1e-19."""
+    largest = reduce(jnp.maximum, [jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(tree)])
+    # A power of two rounds nothing; zero, infinity and NaN go as they are.
+    unit = jnp.where(
+        jnp.isfinite(largest) & (largest > 0), jnp.ldexp(jnp.ones_like(largest), jnp.frexp(largest)[1] - 1), 1
+    )
+    return unit * optax.tree.norm(jax.tree.map(lambda x: x / unit.astype(jnp.result_type(x)), tree))
 
 
 def _combine(basis, coefficients):
@@ -242,7 +265,7 @@ def _residuals(products, vectors, values):
     rests = jax.tree.map(
         lambda a, v: a - v * values.astype(v.dtype).reshape(-1, *[1] * (v.ndim - 1)), products, vectors
     )
-    return jax.vmap(optax.tree.norm)(rests)
+    return jax.vmap(tree_norm)(rests)
 
 
 # ---- the recurrence ----
@@ -259,7 +282,7 @@ def _begin(start, num_steps, keep_basis):
         scale=jnp.zeros((), dtype),
         alive=jnp.array(True),
         num_valid=jnp.array(0),
-        vector=optax.tree.scale(1 / optax.tree.norm(start), start),
+        vector=optax.tree.scale(1 / tree_norm(start), start),
         previous=None if keep_basis else optax.tree.zeros_like(start),
     )
 
@@ -299,7 +322,7 @@ def _advance(state, basis, product, restart_key):
 @partial(jax.jit, static_argnums=3)
 def _follow(state, product, rest, has_basis):
     """The state behind a step with this remainder, and whether the remainder is zero."""
-    alpha, beta = optax.tree.vdot(state.vector, product), optax.tree.norm(rest)
+    alpha, beta = optax.tree.vdot(state.vector, product), tree_norm(rest)
     scale = jnp.maximum(state.scale, jnp.maximum(jnp.abs(alpha), beta))
     exhausted = beta <= 10 * jnp.finfo(beta.dtype).eps * scale
     beta = jnp.where(exhausted, 0, beta)

@@ -74,6 +74,8 @@ def layer_names(params: PyTree, loss: Callable | None = None, batch: PyTree = No
       >>> params = {f"Dense_{i}": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)} for i in (0, 2, 10)}
       >>> jh.layer_names(params)
       ['Dense_0', 'Dense_2', 'Dense_10']
+
+    Reference: the paper's layers, whose Hessians Hess_l are the diagonal blocks.
     """
     natural = sorted(_modules(params), key=_natural)
     if not natural:
@@ -128,6 +130,8 @@ def subtree(params: PyTree, layer: str) -> PyTree:
       >>> import jax.numpy as jnp, jaxhess as jh
       >>> jh.subtree({"fc": {"w": jnp.ones(2)}, "out": {"w": jnp.zeros(1)}}, "out")
       {'w': Array([0.], dtype=float32)}
+
+    Reference: the paper's w_l, of which Hess_l is the Hessian.
     """
     return find_layer(params, layer).take(params)
 
@@ -158,7 +162,7 @@ def find_layers(params: PyTree, names: Sequence[str]) -> tuple[Layer, ...]:
 
 
 def _natural(name):
-    return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in re.split(r"(\d+)", name)]
+    return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in re.split(r"(\d+)", name)]
 
 
 def _owner(path):

@@ -14,7 +14,7 @@ import optax
 from jaxhess.layers import find_layers, layer_names, middle_layers
 from jaxhess.objective import output_factor_product, output_hessian_product
 from jaxhess.operators import prepare
-from jaxhess.trace import check_count, random_like, sampler
+from jaxhess.trace import check_count, check_key, random_like, sampler
 
 PyTree = Any
 Layers = str | Sequence[str] | Mapping[str, float]
@@ -72,6 +72,7 @@ def hessian_trace_penalty(
 
     Reference: equation (5) of the paper.
     """
+    check_key(key)
     check_count("num_probes", num_probes)
     if curvature not in ("hessian", "ggn"):
         raise ValueError(f"the penalty takes curvature 'hessian' or 'ggn', got {curvature!r}")

@@ -17,7 +17,7 @@ from jaxhess.lanczos import dimension, lanczos, ritz
 from jaxhess.layers import find_layers, layer_names
 from jaxhess.operators import _operator, linearize, prepare
 from jaxhess.structure import gram_eigenvalues
-from jaxhess.trace import check_count, random_like
+from jaxhess.trace import check_count, check_key, check_known, random_like
 
 PyTree = Any
 
@@ -46,6 +46,8 @@ class Spectrum:
       >>> spec = jh.Spectrum([0.0, 2.0], [0.75, 0.25], dim=4)
       >>> spec.mean, spec.lambda_max, spec.trace
       (0.5, 2.0, 2.0)
+
+    Reference: Golub and Welsch 1969, Calculation of Gauss quadrature rules (nodes and weights from T).
     """
 
     nodes: np.ndarray
@@ -55,6 +57,7 @@ class Spectrum:
     residuals: np.ndarray = None  # type: ignore[assignment]
 
     def __post_init__(self):
+        check_known("a Spectrum is made", "make it outside", self.nodes, self.weights, self.residuals)
         nodes, weights = np.asarray(self.nodes, np.float64), np.asarray(self.weights, np.float64)
         residuals = np.zeros_like(nodes) if self.residuals is None else np.asarray(self.residuals, np.float64)
         if not (nodes.ndim == 1 and nodes.size and nodes.shape == weights.shape == residuals.shape):
@@ -75,6 +78,7 @@ class Spectrum:
     @classmethod
     def from_eigenvalues(cls, values: np.ndarray, dim: int | None = None) -> Spectrum:
         """The exact spectrum of given eigenvalues; those up to ``dim`` that are not given are zero."""
+        check_known("a Spectrum is made", "make it outside", values)
         values = np.asarray(values, np.float64).ravel()
         dim = len(values) if dim is None else dim
         if dim == 0:
@@ -206,6 +210,7 @@ def spectrum(
 
     Raises:
       ValueError: for fewer than one step or draw, or a product that is not finite.
+      TypeError: under ``jit``, where `lanczos` runs in its place, or for a key that is none.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxhess as jh
@@ -216,6 +221,7 @@ def spectrum(
     Reference: Ubaru, Chen and Saad 2017, Fast estimation of tr(f(A)) via stochastic Lanczos quadrature; Lin, Saad
     and Yang 2016; Algorithm 2 of the paper.
     """
+    check_key(key)
     check_count("num_steps", num_steps)
     check_count("num_draws", num_draws)
     dim = dimension(like)
@@ -296,6 +302,7 @@ def layer_spectra(
 
     Reference: Figures 1, 9 and 10 of the paper.
     """
+    check_key(key)
     check_count("num_steps", num_steps)
     check_count("num_draws", num_draws)
     if method not in ("lanczos", "gram"):

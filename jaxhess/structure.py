@@ -16,7 +16,7 @@ from jaxhess.batches import Batches
 from jaxhess.layers import Layer, find_layers, layer_names
 from jaxhess.objective import CrossEntropy, Objective, check_factor, output_factor_product
 from jaxhess.operators import prepare
-from jaxhess.trace import random_like
+from jaxhess.trace import check_known, random_like
 
 PyTree = Any
 
@@ -54,7 +54,8 @@ def ggn_eigenvalues(
       (r,) float64, descending; values that rounding cannot tell from zero are left out.
 
     Raises:
-      TypeError, ValueError: as `hessian`; TypeError for `Batches`; ValueError for a criterion without a factor.
+      TypeError, ValueError: as `hessian`; TypeError for `Batches` and under ``jit``; ValueError for a criterion
+        without a factor.
 
     Example:
       >>> import jax.numpy as jnp, jaxhess as jh
@@ -109,6 +110,8 @@ class ClassStructure(NamedTuple):
       >>> found = jh.class_structure(objective, jnp.zeros((2, 2)), {"x": jnp.eye(2), "label": jnp.array([0, 1])}, 2)
       >>> found.pairs.shape, found.classes.shape
       ((2, 2, 2), (2, 2))
+
+    Reference: Papyan 2020, Traces of class/cross-class structure pervade deep learning spectra, section 4.
     """
 
     weights: np.ndarray
@@ -214,7 +217,7 @@ def class_structures(loss, params, batch, num_classes, layers, weighting, max_by
         raise ValueError(f"unknown weighting {weighting!r}; choose 'p' or 'legacy_sqrt_p'")
     if not isinstance(loss.criterion, CrossEntropy):
         raise TypeError(f"classes are those of cross-entropy; the criterion is {loss.criterion!r}")
-    probabilities = _to_host(jax.nn.softmax(_predict(loss, params, batch))).astype(np.float64)
+    probabilities = _to_host(jax.nn.softmax(_outputs(loss, params, batch))).astype(np.float64)
     classes = probabilities.shape[-1]
     if num_classes != classes:
         raise ValueError(f"num_classes = {num_classes}, but the outputs have {classes} classes; give that number")
@@ -289,7 +292,7 @@ def _gram_matrices(loss, params, batch, layers, max_bytes, progress):
             "join them into one, or use method='lanczos'"
         )
     layers = tuple(layers)
-    outputs = _predict(loss, params, batch)
+    outputs = _outputs(loss, params, batch)
     if not bool(jnp.isfinite(outputs).all()):
         raise ValueError("the outputs of predict are not finite; look for NaN or overflow in the batch or the network")
     check_factor(loss.criterion, outputs, batch)
@@ -349,6 +352,12 @@ def _nonzero(gram, rtol, scale=None):
     """Eigenvalues, descending, that are not zero beside the scale: the largest one unless given."""
     values = scipy.linalg.eigvalsh(gram)[::-1]
     return values[values > rtol * (max(values[0], 0) if scale is None else scale)]
+
+
+def _outputs(loss, params, batch):
+    outputs = _predict(loss, params, batch)
+    check_known("the Gram matrix is put together", "call it outside; ggn and layer_traces run inside too", outputs)
+    return outputs
 
 
 @partial(jax.jit, static_argnums=0)

@@ -15,7 +15,7 @@ from jaxhess.layers import subtree
 from jaxhess.objective import NoFactorError, Objective
 from jaxhess.operators import prepare
 from jaxhess.spectrum import Spectrum, layer_spectra
-from jaxhess.trace import Estimate, layer_traces
+from jaxhess.trace import Estimate, check_key, layer_traces
 
 PyTree = Any
 
@@ -39,6 +39,8 @@ class Record:
       >>> table = jh.summarize(lambda w, batch: jnp.sum(w**2), jnp.ones(3), None, key=jax.random.key(0))
       >>> table["total"].parameters, round(float(table["total"].trace.mean), 4)
       (3, 6.0)
+
+    Reference: as `summarize`.
     """
 
     parameters: int
@@ -64,6 +66,8 @@ class Summary(Mapping):
       >>> table = jh.summarize(lambda w, batch: jnp.sum(w**2), jnp.ones(3), None, key=jax.random.key(0))
       >>> table.to_dict()["total"]["lambda_max"], table.spectra["total"].dim
       (2.0, 3)
+
+    Reference: as `summarize`.
     """
 
     def __init__(self, records: dict[str, Record], spectra: dict[str, Spectrum]):
@@ -155,7 +159,7 @@ def summarize(
       `Summary`: a mapping of `Record` that prints as a table, "total" last.
 
     Raises:
-      TypeError, ValueError: as `hessian`.
+      TypeError, ValueError: as `hessian`; TypeError under ``jit``, where `layer_traces` runs in its place.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxhess as jh
@@ -167,6 +171,7 @@ def summarize(
 
     Reference: the paper's sections on layerwise spectra, lambda_max and traces.
     """
+    check_key(key)
     loss, params = prepare("hessian", objective, params, batch, has_aux)
     trace_key, ggn_key = jax.random.split(jax.random.fold_in(key, 2**31 - 1))
     traces = layer_traces(loss, params, batch, key=trace_key, num_probes=num_probes)

@@ -23,12 +23,19 @@ _LEAST = 8
 
 
 class Estimate(NamedTuple):
-    """A mean over probes, its standard error (NaN for a single probe), and the number of probes.
+    """A mean over probes with its standard error.
+
+    Attributes:
+      mean: scalar, the mean of the probes.
+      std_error: scalar, their standard deviation / sqrt(num_probes); NaN for a single probe.
+      num_probes: the number of probes.
 
     Example:
       >>> import jaxhess as jh
       >>> print(jh.Estimate(12.3456, 0.0321, 64))
       12.35 +- 0.032
+
+    Reference: Hutchinson 1990, A stochastic estimator of the trace of the influence matrix.
     """
 
     mean: jax.Array
@@ -72,6 +79,7 @@ def trace(
 
     Raises:
       ValueError: for fewer than one probe, an unknown probe, a negative tolerance, or a product that is not finite.
+      TypeError: for a key that is none, or a tolerance under ``jit``.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxhess as jh
@@ -81,6 +89,7 @@ def trace(
 
     Reference: Hutchinson 1990; Avron and Toledo 2011; Algorithm 1 of the paper.
     """
+    check_key(key)
     draw = partial(_quadratic_forms, operator, like, sampler(probe))
     return _estimate(draw, key, num_probes, rtol, atol, max_probes, chunk_size, ("the operator",))[0]
 
@@ -136,6 +145,7 @@ def layer_traces(
     Reference: Hutchinson 1990; for the one-backward estimator Schraudolph 2002 and Martens et al. 2012 (curvature
     propagation).
     """
+    check_key(key)
     loss, params = prepare(curvature, objective, params, batch, has_aux)
     names = layer_names(params, loss, batch)
     samples = _LayerSamples(curvature, loss, find_layers(params, names), sampler(probe))
@@ -331,3 +341,18 @@ def check_count(name: str, value: int) -> None:
     """ValueError for a number of things that is not a whole number of at least one."""
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def check_key(key: Any, name: str = "key") -> None:
+    """TypeError for what is not one JAX random key, typed or raw."""
+    if isinstance(key, (jax.Array, np.ndarray)):
+        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        if key.ndim == 0 if typed else (key.ndim == 1 and key.dtype == np.uint32):
+            return
+    raise TypeError(f"{name} must be one JAX random key, as from jax.random.key(0), got {key!r}")
+
+
+def check_known(what: str, instead: str, *trees: PyTree) -> None:
+    """TypeError for traced values where the host needs numbers."""
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(trees)):
+        raise TypeError(f"{what} on the host and cannot run under jit, vmap or grad; {instead}")

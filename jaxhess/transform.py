@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from jaxhess.regularizer import Layers, check_layers, hessian_trace_penalty
-from jaxhess.trace import check_count, sampler
+from jaxhess.trace import check_count, check_key, sampler
 
 PyTree = Any
 _MISSING = object()
@@ -31,6 +31,8 @@ class HessianTraceState(NamedTuple):
       >>> tx = jh.add_hessian_trace(lambda p, batch: jnp.sum(p**4), 0.1, key=jax.random.key(0))
       >>> int(tx.init(jnp.ones(2)).skipped)
       0
+
+    Reference: equation (5) of the paper.
     """
 
     count: jax.Array  # type: ignore[assignment]  # as in optax, over tuple.count
@@ -168,11 +170,10 @@ def add_hessian_trace(
 
 
 def _key_data(key):
-    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0:
+    check_key(key)
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return jax.random.key_data(key), jax.random.key_impl(key)
-    if isinstance(key, (jax.Array, np.ndarray)) and key.dtype == jnp.uint32 and key.ndim == 1:
-        return key, None
-    raise TypeError(f"key must be one JAX random key, as from jax.random.key(0), got {key!r}")
+    return key, None
 
 
 def _penalty_dtype(params):

@@ -201,11 +201,28 @@ def test_ritz_values_that_have_not_converged_are_no_outliers(bulk, count):
         assert jh.count_outliers(spec) == count
 
 
-@pytest.mark.parametrize("count", [3, 9, 10, 40])
-@pytest.mark.parametrize("bulk", BULKS[:2])
-def test_outliers_by_the_profile(bulk, count):
-    """It always finds a split: for one that is there."""
-    assert jh.count_outliers(planted(bulk, count, "far"), method="profile") == count
+@pytest.mark.parametrize("where", RANGES)
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 10, 40])
+@pytest.mark.parametrize("bulk", BULKS)
+def test_outliers_by_the_profile(bulk, count, where):
+    """Few outliers too, over which it once split the bulk; and none."""
+    for seed in range(3):
+        assert jh.count_outliers(planted(bulk, count, where, seed), method="profile") == count
+
+
+@pytest.mark.parametrize("count", [0, 2, 3, 10])
+@pytest.mark.parametrize("bulk", BULKS)
+def test_outliers_by_the_profile_through_lanczos(bulk, count):
+    values = planted(bulk, count, "far")
+    spec = jh.spectrum(helpers.as_operator(values), like=jnp.zeros(len(values)), key=jax.random.key(0))
+    assert jh.count_outliers(spec, method="profile") == count
+
+
+def test_what_the_methods_make_of_outliers_as_far_from_each_other_as_from_the_bulk():
+    values = np.append(
+        helpers.bulk("Marchenko-Pastur", 440), helpers.bulk("Marchenko-Pastur", 440).max() * np.array([2, 4.1])
+    )
+    assert jh.count_outliers(values) == 1 and jh.count_outliers(values, method="profile") == 2
 
 
 @pytest.mark.parametrize("method", ["gap", "profile"])

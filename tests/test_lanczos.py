@@ -8,7 +8,7 @@ import pytest
 from helpers import as_operator, rotated
 
 import jaxhess as jh
-from jaxhess.lanczos import ritz
+from jaxhess.lanczos import ritz, tree_norm
 
 DIM = 20
 VALUES = np.sort(np.random.default_rng(0).standard_normal(DIM))
@@ -108,11 +108,38 @@ def test_host_loop_and_jit_agree(reorthogonalize):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), host, jit)
 
 
-@pytest.mark.parametrize("scale", [1e-12, 1e12])
-def test_scales_with_the_operator(scale):
-    one, other = (jh.lanczos(as_operator(s * VALUES), START, 8) for s in (1, scale))
+@pytest.mark.parametrize("reorthogonalize", [True, False, "host"])
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-12, 1e12, 1e20, 1e30])
+def test_scales_with_the_operator(scale, reorthogonalize):
+    """In float32, whose squares end at 1e-38 and 1e38."""
+    one, other = (jh.lanczos(as_operator(s * VALUES), START, 8, reorthogonalize=reorthogonalize) for s in (1, scale))
     np.testing.assert_allclose(other.alphas / np.float32(scale), one.alphas, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(other.betas / np.float32(scale), one.betas, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_scales_with_the_start_vector(scale):
+    one, other = (jh.lanczos(as_operator(VALUES), jnp.asarray(s * START, jnp.float32), 8) for s in (1, scale))
+    np.testing.assert_allclose(other.alphas, one.alphas, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_eigenpairs_and_their_residuals_scale_with_the_operator(scale):
+    options = dict(like=jnp.zeros(DIM), key=jax.random.key(0), k=2, num_steps=6)
+    (values, _, residuals), (scaled, _, rests) = (
+        jh.top_eigenpairs(as_operator(s * VALUES), **options) for s in (1, scale)
+    )
+    np.testing.assert_allclose(scaled / scale, values, rtol=1e-3)
+    np.testing.assert_allclose(rests / scale, residuals, rtol=1e-2)
+    assert residuals.min() > 1e-4
+
+
+def test_norms_without_squares():
+    for tree in ({"a": np.zeros(3), "b": np.zeros(0)}, {"a": 3e-30 * np.ones(1), "b": np.array([[4e-30]])}):
+        tree = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
+        np.testing.assert_allclose(tree_norm(tree), 5e-30 * bool(tree["a"].any()), rtol=1e-6)
+    assert not np.isfinite(tree_norm([jnp.ones(2), jnp.array([np.inf])])) and np.isnan(tree_norm([jnp.array([np.nan])]))
+    assert tree_norm([jnp.ones(4, jnp.bfloat16)]).dtype == jnp.bfloat16
 
 
 # ---- breakdown ----

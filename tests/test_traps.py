@@ -1,5 +1,7 @@
 """Traps that users walk into: each of these once gave a wrong number, or an error that helped nobody."""
 
+import inspect
+
 import helpers
 import jax
 import jax.numpy as jnp
@@ -114,3 +116,72 @@ def test_aux_that_is_not_there():
 def test_one_batch_in_place_of_many():
     with pytest.raises(TypeError, match=r"Batches\(\[batch\]\)"):
         jh.Batches(P.batch)
+
+
+# ---- a key that is none, and what cannot run under jit ----
+
+
+def keyed(key):
+    """Every public function with a key, called with this one."""
+    hv, at = P.operator("hessian"), (P.objective, P.params, P.batch)
+    return {
+        "trace": lambda: jh.trace(hv, like=P.params, key=key, num_probes=2),
+        "layer_traces": lambda: jh.layer_traces(*at, key=key, num_probes=2),
+        "spectrum": lambda: jh.spectrum(hv, like=P.params, key=key, num_steps=2),
+        "layer_spectra": lambda: jh.layer_spectra(*at, key=key, num_steps=2),
+        "top_eigenpairs": lambda: jh.top_eigenpairs(hv, like=P.params, key=key, k=1, num_steps=2),
+        "lanczos": lambda: jh.lanczos(hv, P.params, 2, restart_key=key),
+        "summarize": lambda: jh.summarize(*at, key=key, num_steps=2, num_probes=2),
+        "hessian_trace_penalty": lambda: jh.hessian_trace_penalty(*at, key=key),
+        "add_hessian_trace": lambda: jh.add_hessian_trace(P.objective, 1.0, key=key),
+    }
+
+
+def test_every_function_with_a_key_is_tried():
+    public = {name: value for name, value in vars(jh).items() if inspect.isfunction(value)}
+    assert set(keyed(KEY)) == {
+        n for n, f in public.items() if {"key", "restart_key"} & set(inspect.signature(f).parameters)
+    }
+
+
+@pytest.mark.parametrize("key", [0, 3.0, "seed", np.int32(7), jnp.zeros(2), jax.random.split(KEY), np.uint32(3)])
+@pytest.mark.parametrize("name", keyed(KEY))
+def test_what_is_no_key_is_refused_with_the_remedy(name, key):
+    with pytest.raises(TypeError, match=r"key must be one JAX random key, as from jax.random.key\(0\), got"):
+        keyed(key)[name]()
+
+
+def test_no_key_where_one_is_needed():
+    with pytest.raises(TypeError, match="got None"):
+        jh.trace(P.operator("hessian"), like=P.params, key=None)
+
+
+@pytest.mark.parametrize("key", [jax.random.PRNGKey(3), np.asarray(jax.random.PRNGKey(3))])
+def test_raw_keys_are_keys(key):
+    found, typed = (keyed(k)["trace"]() for k in (key, jax.random.key(3)))
+    assert found == typed
+
+
+ON_THE_HOST = {
+    "spectrum": (lambda p, b: keyed(KEY)["spectrum"](), "lanczos and layer_traces run inside"),
+    "layer_spectra": (lambda p, b: jh.layer_spectra(P.objective, p, b, key=KEY, num_steps=2), "lanczos"),
+    "gram": (
+        lambda p, b: jh.layer_spectra(P.objective, p, b, key=KEY, curvature="ggn", method="gram"),
+        "ggn and layer_traces",
+    ),
+    "top_eigenpairs": (lambda p, b: keyed(KEY)["top_eigenpairs"](), "lanczos"),
+    "summarize": (lambda p, b: jh.summarize(P.objective, p, b, key=KEY, num_steps=2, num_probes=2), "layer_traces"),
+    "ggn_eigenvalues": (lambda p, b: jh.ggn_eigenvalues(P.objective, p, b), "ggn and layer_traces"),
+    "class_structure": (lambda p, b: jh.class_structure(P.objective, p, b, 4), "ggn and layer_traces"),
+    "layer_class_structures": (lambda p, b: jh.layer_class_structures(P.objective, p, b, 4), "ggn and layer_traces"),
+    "Spectrum": (lambda p, b: jh.Spectrum(b["x"][0], b["x"][0], 3), "make it outside"),
+    "from_eigenvalues": (lambda p, b: jh.Spectrum.from_eigenvalues(b["x"]), "make it outside"),
+    "count_outliers": (lambda p, b: jh.count_outliers(b["x"].ravel()), "make it outside"),
+}
+
+
+@pytest.mark.parametrize("name", ON_THE_HOST)
+def test_what_works_on_the_host_says_so_under_jit(name):
+    function, instead = ON_THE_HOST[name]
+    with pytest.raises(TypeError, match=f"on the host and cannot run under jit, vmap or grad; .*{instead}"):
+        jax.jit(function)(P.params, P.batch)
