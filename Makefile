@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help demo test test-all lint clean
+.PHONY: help demo test test-all lint docs docs-serve notebooks clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -20,6 +20,15 @@ lint: $(VENV)/lint  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/docs  ## the documentation as a site, in build/site; any warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+docs-serve: $(VENV)/docs  ## the same in a browser, renewed as files change
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
+
+notebooks: $(VENV)/test  ## run the notebooks and keep their figures in docs/figures
+	$(BIN)/python -m notebooks.render
 
 # One stamp for each set of extras, renewed when the metadata changes.
 $(VENV)/%: setup.cfg pyproject.toml

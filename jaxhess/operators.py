@@ -96,7 +96,7 @@ def functional_hessian(
     """What the Hessian has beyond G, as a product: v -> H v with H = Hess - G, or the block H_l of one layer.
 
     H = sum over outputs of (d criterion / d output) * (d^2 output / d params^2): equations (1) and (4) of the paper.
-    It is computed as the Hessian of <g, predict(params)> with g held fixed, not as a difference, so that a zero
+    It is computed as the Hessian of ``<g, predict(params)>`` with g held fixed, not as a difference, so that a zero
     block comes out as zero. For piecewise linear nets with fixed batch statistics every H_l is zero, H is not.
 
     Args:

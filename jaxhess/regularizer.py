@@ -36,7 +36,7 @@ def hessian_trace_penalty(
 
     "hessian": with v_l scaled by sqrt(w_l), the penalty is v' Hess v and its gradient the second directional
     derivative of the gradient of the loss, jvp(jvp(grad)) along v, v. "ggn": with B B' = S and random e over the
-    outputs, the penalty is sum_l w_l ||g_l||^2 of g = J' B e; its gradient is one Hessian product of <B e, f> along
+    outputs, the penalty is sum_l w_l ||g_l||^2 of g = J' B e; its gradient is one Hessian product of ``<B e, f>`` along
     w g, and the term through B. Terms that couple two layers have mean zero: the penalty is the trace of the diagonal
     blocks only, and for equal weights of the whole Hessian too.
 

@@ -88,7 +88,7 @@ def silhouettes(points: np.ndarray, classes: int, shuffles: int, seed: int) -> d
 def draw(out_dir: pathlib.Path) -> None:
     """Draws the figure from the saved numbers, and prints the silhouettes and the parts."""
     config, numbers = results.load_json(out_dir / "config.json"), results.load_json(out_dir / "numbers.json")
-    arrays, layers = results.load_arrays(out_dir / "numbers.npz"), numbers["layers"]
+    layers = numbers["layers"]
     print(f"{'':{max(map(len, layers))}}  silhouette  shuffled (max)   share of Tr G: " + ", ".join(PARTS))
     for layer, record in layers.items():
         shares = "  ".join(f"{record['traces'][part] / record['traces']['total']:6.1%}" for part in PARTS)
@@ -96,6 +96,7 @@ def draw(out_dir: pathlib.Path) -> None:
             f"{layer:{max(map(len, layers))}}  {record['silhouette']:10.3f}  {record['shuffled']:.3f} "
             f"({record['shuffled_max']:.3f})   {shares}"
         )
+    arrays = results.load_arrays(out_dir / "numbers.npz")
     title = (
         f"{figures.about(config, config['model'], config['dataset'])}, test error {numbers['test_error']:.1%}: "
         f"t-SNE of $\\delta_{{c,c'}}$ (dots) and $\\delta_c$ (crosses)"

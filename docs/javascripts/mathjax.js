@@ -1,0 +1,5 @@
+// Formulas as pymdownx.arithmatex leaves them.
+window.MathJax = {
+  tex: {inlineMath: [["\\(", "\\)"]], displayMath: [["\\[", "\\]"]]},
+  options: {ignoreHtmlClass: ".*|", processHtmlClass: "arithmatex"},
+};
