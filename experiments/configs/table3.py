@@ -20,6 +20,7 @@ CLAIMS = (
     Claim("htr_l2", "htr", "HTR with L2 does better than HTR alone"),
     Claim("htr_l2", "ce", "HTR with L2 lowers the test error"),
     Claim("htr_l2", "l2", "HTR with L2 does better than L2 alone (not in the paper)"),
+    Claim("l2", "ce", "L2 alone lowers the test error (not in the paper)"),
     Claim("htr_l2", "l2", "HTR with L2 lowers the trace below that of L2 alone", "trace"),
 )
 
