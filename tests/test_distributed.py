@@ -21,7 +21,8 @@ def of_two_processes(tmp_path_factory):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     out = tmp_path_factory.mktemp("distributed") / "found.npz"
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "JAXHESS_TEST_CACHE": jax.config.jax_compilation_cache_dir}
+    path = os.pathsep.join(map(str, (HERE, HERE.parent)))
+    environment = {**os.environ, "PYTHONPATH": path, "JAXHESS_TEST_CACHE": jax.config.jax_compilation_cache_dir}
     workers = [
         subprocess.Popen(
             [sys.executable, str(HERE / "distributed_worker.py"), str(number), "2", str(port), str(out)],
