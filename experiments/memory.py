@@ -21,7 +21,7 @@ def peak_memory(function: Callable[[], object]) -> float | None:
       function: the call; its result is dropped.
 
     Returns:
-      MiB, or None where the system does not tell.
+      MiB, or None where the system does not tell; then the call is not made. Its errors are passed on.
     """
     try:
         libc = ctypes.CDLL(None)
@@ -30,12 +30,13 @@ def peak_memory(function: Callable[[], object]) -> float | None:
         libc.malloc_trim(0)
         _RESET.write_text("5")  # the high-water mark starts anew
         before = _field("VmRSS")
-        function()
-        peak = _field("VmHWM")
-        libc.mallopt(_MMAP_THRESHOLD, 2**25)  # where it ends up by itself
-        return max(0.0, peak - before)
     except (OSError, AttributeError, KeyError):
         return None
+    try:
+        function()
+        return max(0.0, _field("VmHWM") - before)
+    finally:
+        libc.mallopt(_MMAP_THRESHOLD, 2**25)  # where it ends up by itself
 
 
 def _field(name):

@@ -62,3 +62,10 @@ def test_peak_memory():
     if found is None:
         pytest.skip("the system does not tell")
     assert 30 <= found <= 40  # 30.5 MiB
+
+
+def test_an_error_of_what_is_measured_is_not_lost():
+    if memory.peak_memory(lambda: None) is None:
+        pytest.skip("the system does not tell")
+    with pytest.raises(KeyError, match="of the call"):
+        memory.peak_memory(lambda: {}["of the call"])
