@@ -13,6 +13,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from experiments import arms, checkpoints, data, models, results, run, train
@@ -47,6 +48,22 @@ def same(one, two):
 def differ(one, two):
     """Whether two trainings part at the first step after the first penalty, by more than rounding."""
     return bool((abs(one.step_loss[4:] / two.step_loss[4:] - 1) > 3e-5).all())
+
+
+# ---- steps ----
+
+
+@pytest.mark.parametrize("sam", [0.0, 0.1])
+def test_a_batch_in_slices_is_the_whole_batch(made, monkeypatch, sam):
+    config = dataclasses.replace(SHORT, sam=sam)
+    trained, calls = {}, []
+    whole = train._in_slices
+    monkeypatch.setattr(train, "_in_slices", lambda *args: calls.append(args) or whole(*args))
+    for size in (2, 64):
+        monkeypatch.setattr(train, "SLICE", size)
+        trained[size] = train.train(mlp(), made, config, transform=optax.identity(), progress=False)  # compiles anew
+    assert len(calls) == (4 if sam else 2)
+    jax.tree.map(lambda *a: np.testing.assert_allclose(*a, rtol=1e-4, atol=1e-6), *map(tuple, trained.values()))
 
 
 # ---- the penalty in training ----
