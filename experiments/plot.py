@@ -286,6 +286,28 @@ def strengths(
     return figure
 
 
+def precision(panels: Mapping[str, tuple[str, Mapping[str, tuple[Sequence, Sequence]]]], title: str) -> Figure:
+    """One panel a question: relative errors against what is spent, both on log scales.
+
+    Args:
+      panels: {question: (label of x, {estimator: (x, relative error)})}.
+      title: what was run.
+
+    Returns:
+      The figure.
+    """
+    figure, axes = _panels(-(-len(panels) // 2), 2, title, height=2.6)
+    for axis, (question, (x_label, lines)) in zip(axes, panels.items(), strict=True):
+        for i, (name, (x, y)) in enumerate(lines.items()):
+            style = dict(color=COLORS[i % len(COLORS)], linestyle=DASHES[i % len(DASHES)], linewidth=1.2)
+            axis.loglog(x, y, marker=MARKERS[i % len(MARKERS)], markersize=3, label=name, **style)
+        axis.set_title(question, **_STYLE)
+        axis.set_xlabel(x_label, **_STYLE)
+        axis.legend(fontsize=6, frameon=False)
+    figure.supylabel("relative error", **_STYLE)
+    return figure
+
+
 def save(figure: Figure, path: pathlib.Path) -> None:
     """Writes a figure, whole or not at all."""
     FigureCanvasAgg(figure)

@@ -10,7 +10,7 @@ import scipy.stats
 
 import jaxhess as jh
 from experiments import data, figures, measure, models, plot, run
-from experiments.configs import fig2
+from experiments.configs import estimators, fig2
 
 MLP = ["model=mlp", "dataset=digits", "epochs=2", "images_per_class=2"]
 
@@ -131,6 +131,27 @@ def test_outliers_for_several_numbers_of_classes(out, capsys, monkeypatch):
     assert "C = 10" in printed and "C = 5" in printed and "MLP on digits (halfs)" in printed
     for record in numbers(out / "outliers").values():
         assert all(len(counts) == 2 and min(counts) >= 0 for counts in record["outliers"].values())
+
+
+def test_the_precision_of_estimators(out, capsys):
+    words = ["probes=400", "images=10,20", "subsets=3", "steps=4,16,64", "draws=1,4", "repeats=2"]
+    printed = ran(out, capsys, "estimators", *words)
+    found = numbers(out / "estimators")
+    digits = data.load("digits")
+    model, trained = figures.net(estimators.Config(epochs=2), "mlp", digits, out / "estimators")
+    batch = measure.measure_batch(digits, 2, {})
+    values = jh.ggn_eigenvalues(measure.objective(model), trained.params, batch)
+    gaussian = np.sqrt(2 * np.sum(values**2)) / values.sum()  # of ||J' B e||^2 with e normal
+    ggn = found["probes"][estimators.GGN]
+    assert ggn["gaussian"]["total"] == pytest.approx(gaussian, rel=0.2)
+    assert ggn["rademacher"]["total"] < ggn["gaussian"]["total"]
+    joint = found["probes"][estimators.JOINT]["rademacher"]
+    assert joint["total"] > ggn["rademacher"]["total"] and list(joint) == ["fc1", "fc2", "fc3", "total"]
+    assert found["images_measured"] == 20 and "20 training images" in printed and "Tr G of 3 sets" in printed
+    assert all(len(record["trace"]["fc2"]) == 3 for record in found["images"].values())
+    steps = [np.mean(record["lambda_max"]) for record in found["lanczos"]["steps"].values()]
+    assert steps[0] > steps[1] > steps[2] and steps[2] < 1e-4
+    redraws_alike(out, "estimators")
 
 
 def test_which_layers_are_shown():
