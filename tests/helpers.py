@@ -385,3 +385,22 @@ class Counter:
     def __call__(self, *args):
         self.calls += 1
         return self.function(*args)
+
+
+# ---- data ----
+
+
+def made_dataset(train_images, test_images, shape, num_classes, name="made"):
+    """Random images, the classes in turn."""
+    from experiments import data  # which the two-process test's workers do without
+
+    rng = np.random.default_rng(0)
+    label = np.arange(train_images + test_images, dtype=np.int32) % num_classes
+    image = rng.integers(0, 256, (len(label), *shape), dtype=np.uint8)
+    splits = (slice(train_images), slice(train_images, None))
+    return data.Dataset.create(name, num_classes, *({"image": image[part], "label": label[part]} for part in splits))
+
+
+def same(one, two):
+    """Whether two trees of arrays are bitwise equal, by assertion."""
+    jax.tree.map(np.testing.assert_array_equal, one, two)

@@ -1,0 +1,186 @@
+"""The arms of the paper's tables, and every experiment on the regularizer."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from helpers import made_dataset, same
+
+from experiments import arms, data, models, run, train
+
+TINY = ["images_per_class=1", "num_probes=2", "num_steps=3"]
+SHAPES = {"svhn_cropped": (32, 32, 3), "cifar10": (32, 32, 3), "cifar100": (32, 32, 3)}
+
+
+@pytest.fixture
+def any_data(monkeypatch):
+    """Made data of two steps in place of every data set."""
+
+    def load(name, data_dir=None, **options):
+        return made_dataset(512, 20, SHAPES.get(name, (28, 28, 1)), 100 if name == "cifar100" else 10, name)
+
+    monkeypatch.setattr(data, "load", load)
+
+
+class Small(models.MLP):
+    hidden: tuple[int, ...] = (8, 8, 8)
+
+
+@pytest.fixture
+def small_net(monkeypatch):
+    """A small MLP in place of LeNet, where the net does not matter."""
+    monkeypatch.setitem(models.MODELS, "lenet", Small)
+
+
+@pytest.fixture
+def quick_compilation():
+    """Programs that are compiled several times as fast, and run slower."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+# Every arm on LeNet; on the other nets, which take long to compile, the one that has most to do.
+ROWS = [
+    (*names, arm)
+    for names, row in arms.ROWS.items()
+    for arm in arms.ARMS
+    if row.paper and (names[0] == "lenet" or arm == "htr_middle")
+]
+
+
+@pytest.mark.parametrize(("model", "dataset", "arm"), ROWS)
+def test_every_row_of_tables_1_to_3_runs_two_steps(any_data, quick_compilation, model, dataset, arm):
+    made = data.load(dataset)
+    made = dataclasses.replace(made, train={key: values[:8] for key, values in made.train.items()})
+    settings = dataclasses.replace(arms.training(arms.Config(model, dataset, epochs=1), arm, 0), batch_size=4)
+    if settings.penalty is not None:
+        assert settings.penalty.num_probes >= 3 and settings.penalty.probe in ("gaussian", "rademacher")
+        # One probe, from the first step: the number of probes and the start are seen to be passed on elsewhere.
+        penalty = dataclasses.replace(settings.penalty, num_probes=1, start_epoch=0)
+        settings = dataclasses.replace(settings, penalty=penalty)
+    narrow = {} if model == "lenet" else {"width": 1 / 16}
+    trained = train.train(models.build(model, made.num_classes, **narrow), made, settings, progress=False)
+    assert trained.step_loss.shape == (2,) and np.isfinite(trained.step_loss).all()
+    assert (settings.penalty is not None) == ("penalty" in trained.history)
+    if settings.penalty is not None:
+        assert np.isfinite(trained.history["penalty"]).all() and trained.history["skipped"][-1] == 0
+
+
+def test_unknown_rows_presets_and_arms():
+    with pytest.raises(ValueError, match=r"no row model='mlp' dataset='mnist'; choose from \['lenet mnist'"):
+        arms.row("mlp", "mnist")
+    with pytest.raises(ValueError, match="unknown preset 'mine'"):
+        arms.Config(preset="mine")
+    with pytest.raises(ValueError, match="trials must be at least 1"):
+        arms.Config(trials=0)
+    with pytest.raises(ValueError, match="unknown arm 'sam'"):
+        arms.training(arms.Config(), "sam", 0)
+
+
+@pytest.mark.parametrize("names", arms.ROWS)
+def test_presets_are_as_printed(names):
+    released, paper = (arms.Config(*names, preset=preset) for preset in ("released", "paper"))
+    for arm in arms.ARMS:
+        one, two = arms.training(released, arm, 3), arms.training(paper, arm, 3)
+        assert one.milestone_epochs() == pytest.approx(list(arms.ROWS[names].milestones))
+        assert (two.batch_size, two.learning_rate, two.augment, one.augment) == (64, 1e-2, False, True)
+        assert one.epochs == two.epochs == arms.ROWS[names].epochs and one.seed == 3
+        assert (one.weight_decay == 1e-3) == (arm in ("l2", "htr_l2"))
+        if one.penalty is not None:
+            assert one.penalty.probe == ("rademacher" if arm == "htr_l2" else "gaussian")
+            assert one.penalty.every == 50 and one.penalty.layers == ("middle" if arm == "htr_middle" else "all")
+    half = arms.training(dataclasses.replace(released, epochs=arms.ROWS[names].epochs // 2), "htr", 0)
+    assert half.milestone_epochs() == pytest.approx([epoch / 2 for epoch in arms.ROWS[names].milestones])
+    assert half.penalty.start_epoch * half.epochs == pytest.approx(arms.ROWS[names].start / 2)
+
+
+def test_paired_trials_start_from_the_same_parameters_and_see_the_same_images(any_data):
+    config = arms.Config(epochs=1)
+    made, model = arms.load(config, None), models.build("mlp", 10)
+    states = {}
+    for arm in arms.ARMS:
+        settings = arms.training(config, arm, 5)
+        tx = train.optimizer(settings, 2, settings.penalty.transform(model, settings, 2) if settings.penalty else None)
+        states[arm] = train.init_state(model, tx, settings, made)
+    for state in states.values():
+        same(state.params, states["ce"].params)
+        for key in ("key", "augment_key"):
+            same(*(jax.random.key_data(getattr(s, key)) for s in (state, states["ce"])))
+    other = train.init_state(model, train.optimizer(settings, 2), arms.training(config, "ce", 6), made)
+    assert (other.params["fc1"]["kernel"] != states["ce"].params["fc1"]["kernel"]).any()
+
+
+def test_the_tables_from_end_to_end(any_data, small_net, tmp_path, capsys, monkeypatch):
+    for table in ("table1", "table2", "table3"):
+        words = [table, f"out={tmp_path / table}", "epochs=2", "trials=2", *TINY]
+        assert run.main(words) == 0
+        printed = capsys.readouterr().out
+        assert "CE + HTR  " in printed and "1.25 +- 0.03" in printed and "paired t-test p = " in printed
+    numbers = json.loads((tmp_path / "table3" / "numbers.json").read_text())
+    assert list(numbers) == ["ce", "htr", "l2", "htr_l2"] and all(len(records) == 2 for records in numbers.values())
+    record = numbers["htr"][0]
+    assert record["gap"] == pytest.approx(record["test_error"] - 1 + record["train_accuracy"])
+    assert record["lambda_max"] > 0 > record["lambda_min"] and record["trace_std_error"] > 0
+    assert len(list(tmp_path.rglob("net-*.npz"))) == 10  # five arms, two trials: those of another table are taken
+    # What is kept is neither trained nor measured again.
+    monkeypatch.setattr(train, "train", lambda *args, **options: pytest.fail("trained again"))
+    monkeypatch.setattr(arms, "final", lambda *args, **options: pytest.fail("measured again"))
+    assert run.main(words) == 0 and capsys.readouterr().out.splitlines()[-1].startswith("results in")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("fig7", []), ("fig8", ["intervals=1,2"]), ("fig14", ["gammas=1e-3,1e-1"])]
+)
+def test_the_figures_from_end_to_end(any_data, small_net, tmp_path, capsys, name, options):
+    words = [name, f"out={tmp_path / 'out'}", "epochs=2", "trials=2", *TINY, *options]
+    assert run.main(words) == 0
+    assert "paired t-test p = " in capsys.readouterr().out
+    figure = tmp_path / "out" / "figure.png"
+    first = figure.read_bytes()
+    assert run.main([*words, "redraw=true"]) == 0 and figure.read_bytes() == first and len(first) < 200_000
+    numbers = json.loads((tmp_path / "out" / "numbers.json").read_text())
+    assert np.shape(next(iter(numbers.values()))["test_error"]) == (2, 2)
+    if name == "fig7":
+        assert np.shape(numbers["CE"]["trace/total"]) == (2, 3)
+
+
+def test_the_search_for_strengths_from_end_to_end(any_data, small_net, tmp_path, capsys):
+    words = ["gamma", f"out={tmp_path}", "epochs=2", "trials=2", "held_out=100", *TINY]
+    assert run.main([*words, "gammas=1e-3,1e-1", "weight_decays=1e-3,1e-1", "radii=0.05"]) == 0
+    printed = capsys.readouterr().out
+    assert "HTR, as chosen, lowers the test error: " in printed and "SAM, as chosen" in printed
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    for method, points in numbers.items():
+        assert len(points) == {"none": 1, "htr": 2, "l2": 2, "sam": 1}[method]
+        errors = [np.mean([record["held_out_error"] for record in point["trials"]]) for point in points]
+        # The test images are looked at for the chosen strength alone.
+        tested = ["test_error" in record for point in points for record in point["trials"]]
+        assert sum(tested) == 2 and tested[2 * int(np.argmin(errors))]
+    assert (tmp_path / "figure.png").stat().st_size < 200_000
+
+
+def test_table_4_from_end_to_end(any_data, small_net, tmp_path, capsys):
+    words = ["table4", f"out={tmp_path}", "intervals=1,25", "num_probes=1", "steps=2", "repeats=2"]
+    assert run.main(words) == 0
+    printed = capsys.readouterr().out
+    assert "hessian: HTR at f_r = 1 takes" in printed and "1.07" in printed
+
+
+@pytest.mark.parametrize(
+    ("lower", "higher", "verdict"),
+    [
+        ([0.10, 0.11, 0.12], [0.20, 0.22, 0.21], ": seen "),
+        ([0.20, 0.22, 0.21], [0.10, 0.11, 0.12], ": the opposite is seen "),
+        ([0.10, 0.11, 0.12], [0.11, 0.10, 0.12], ": not decided "),
+        ([0.10], [0.20], ": not decided "),
+        ([0.10, 0.11], [0.10, 0.11], ": not decided "),
+    ],
+)
+def test_claims_are_judged_in_words(lower, higher, verdict):
+    line = arms.judge(arms.Claim("htr", "ce", "HTR lowers the test error"), {"htr": lower, "ce": higher})
+    assert line.startswith("HTR lowers the test error") and verdict in line
+    if len(lower) == 3 and "seen" in verdict:
+        assert "not decided" in arms.judge(arms.Claim("a", "b", "w"), {"a": lower, "b": higher}, tests=100)
