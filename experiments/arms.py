@@ -15,7 +15,16 @@ import scipy.stats
 import jaxhess as jh
 from experiments import data, measure, models, plot, results
 from experiments.data import Dataset
-from experiments.train import Penalty, TrainConfig, Trained, evaluate, net_path, objective, train_once
+from experiments.train import (
+    DivergedError,
+    Penalty,
+    TrainConfig,
+    Trained,
+    evaluate,
+    net_path,
+    objective,
+    train_once,
+)
 
 ARMS = {
     "ce": "CE",
@@ -192,6 +201,7 @@ def run_table(config: Config, arms: Iterable[str], out_dir: pathlib.Path, data_d
     """
     dataset = load(config, data_dir)
     numbers, arrays = {arm: [] for arm in arms}, {}
+    check(models.build(config.model, dataset.num_classes), (training(config, arm, 0) for arm in numbers))
     for trial in range(config.trials):
         for arm in numbers:
             record, spectrum = _train_and_measure(config, dataset, arm, trial, out_dir)
@@ -243,6 +253,7 @@ def final(
         "trace_std_error": float(trace.std_error),
         "lambda_max": spectrum.lambda_max,
         "lambda_min": spectrum.lambda_min,
+        "negative_trace": float(spectrum.dim * np.minimum(spectrum.nodes, 0) @ spectrum.weights),
         "skipped": float(trained.history["skipped"][-1]) if "skipped" in trained.history else 0.0,
     }
     return record, spectrum
@@ -272,8 +283,10 @@ def print_table(out_dir: pathlib.Path, claims: Sequence[Claim]) -> None:
         cells = [spread([scale * r[name] for r in records], form) for name, scale, form in columns.values()]
         lines.append([ARMS[arm], *cells, "{:.2f} +- {:.2f}".format(*paper[arm]) if arm in paper else "-"])
     print_columns(lines)
+    print(f"p multiplied by the {len(claims)} tests:")
     for claim in claims:
-        print(judge(claim, {arm: [r[claim.metric] for r in records] for arm, records in numbers.items()}))
+        values = {arm: [r[claim.metric] for r in records] for arm, records in numbers.items()}
+        print(judge(claim, values, tests=len(claims)))
     spectra = results.load_arrays(out_dir / "spectra.npz")
     merged = {ARMS[arm]: {"total": _merged(measure.unpack(spectra, arm).values())} for arm in numbers}
     words = f"Hessian at the end of training; {title(config, 'mean')}"
@@ -307,8 +320,10 @@ def spread(values: Sequence[float], form: str) -> str:
 
 
 def paired_p(one: Sequence[float], two: Sequence[float]) -> float:
-    """The p-value of the paired t-test; NaN for a single pair or differences that do not vary."""
-    if len(one) < 2 or np.ptp(np.subtract(one, two)) == 0:
+    """The p-value of the paired t-test; NaN for a single pair, or differences that vary by rounding alone."""
+    differences = np.subtract(one, two)
+    # Errors are kept in float32: equal counts of wrong answers differ in the eighth digit, and the test would see that.
+    if len(one) < 2 or not np.ptp(differences) > 1e-6 * np.abs([one, two]).max():
         return float("nan")
     return float(scipy.stats.ttest_rel(one, two).pvalue)
 
@@ -325,15 +340,16 @@ def judge(claim: Claim, values: Mapping[str, Sequence[float]], tests: int = 1) -
       A line with the mean difference, its standard deviation and p.
     """
     lower, higher = values[claim.lower], values[claim.higher]
-    p = min(1.0, tests * paired_p(lower, higher))
+    p = float(np.minimum(1.0, tests * paired_p(lower, higher)))  # NaN stays NaN
     if not p <= 0.05:
         verdict = "not decided at this size"
     else:
         verdict = "seen" if np.mean(lower) < np.mean(higher) else "the opposite is seen"
     percent = claim.metric == "test_error"
-    difference = spread(np.subtract(lower, higher) * (100 if percent else 1), "+.3f" if percent else "+.4g")
+    difference = spread(np.subtract(lower, higher) * (100 if percent else 1), ".3f" if percent else ".4g")
     of = f"{METRICS[claim.metric]} {claim.lower} - {claim.higher}"
-    return f"{claim.words}: {verdict} ({of}: {difference}{' points' if percent else ''}, paired t-test p = {p:.3g})"
+    test = "no paired t-test" if np.isnan(p) else f"paired t-test p = {p:.3g}"
+    return f"{claim.words}: {verdict} ({of}: {difference}{' points' if percent else ''}, {test})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -382,20 +398,40 @@ def run_sweep(
     """
     dataset, numbers = load(config, data_dir), {name: {} for name in settings}
     model = models.build(config.model, dataset.num_classes)
-    for trial in range(config.trials):
-        for name, changes in settings.items():
-            settings_of = (
-                training(config, "ce", trial) if changes is None else training(config, "htr", trial, **changes)
-            )
-            callback = None
-            if traces:
-                callback = LayerTraces(config.images_per_class, config.num_probes, trial, model, dataset)
+    trainings = {
+        (trial, name): training(config, "ce" if changes is None else "htr", trial, **(changes or {}))
+        for trial in range(config.trials)
+        for name, changes in settings.items()
+    }
+    check(model, trainings.values())
+    for (trial, name), settings_of in trainings.items():
+        callback = None
+        if traces:
+            callback = LayerTraces(config.images_per_class, config.num_probes, trial, model, dataset)
+        try:
             _, trained = train_once(config.model, dataset, settings_of, out_dir, callback=callback)
+        except DivergedError as error:
+            print(f"{name}, trial {trial}: {error}; its numbers are NaN")
+            found = {metric: np.full(settings_of.epochs, np.nan) for metric in ("train_accuracy", "test_error")}
+        else:
             found = trained.history | trained.records
-            for metric, values in found.items():
-                numbers[name].setdefault(metric, []).append(values.tolist())
-            print(f"{name}, trial {trial}: test error {trained.history['test_error'][-1]:.2%}")
+        for metric, values in found.items():
+            numbers[name].setdefault(metric, []).append(values.tolist())
+        print(f"{name}, trial {trial}: test error {found['test_error'][-1]:.2%}{skipped_words(found)}")
     results.save_json(out_dir / "numbers.json", numbers)
+
+
+def check(model: nn.Module, trainings: Iterable[TrainConfig]) -> None:
+    """Raises what a penalty's settings would raise, before anything is trained."""
+    for settings in trainings:
+        if settings.penalty is not None:
+            settings.penalty.transform(model, settings, 1)
+
+
+def skipped_words(history: Mapping[str, np.ndarray]) -> str:
+    """What is said of penalties that were left out, if any were."""
+    count = int(history["skipped"][-1]) if "skipped" in history else 0
+    return f", {count} penalties left out because they were not finite" if count else ""
 
 
 def print_sweep(numbers: Mapping[str, Mapping], reference: str, words: str = "{} lowers the test error") -> None:

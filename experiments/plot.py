@@ -158,7 +158,10 @@ def over_epochs(
 
 
 def accuracies(numbers: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], title: str) -> Figure:
-    """Accuracy over epochs: training solid, test dashed, a colour for each setting; mean and standard deviation.
+    """Accuracy over epochs, and how far the last test errors are from those of the first setting.
+
+    Left training solid and test dashed, a colour for each setting, mean and standard deviation; right the differences
+    of trials with the same seed, as ticks, and their mean and standard deviation.
 
     Args:
       numbers: {setting: {"train_accuracy": (trials, epochs), "test_error": (trials, epochs)}}; the first setting, the
@@ -168,8 +171,7 @@ def accuracies(numbers: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], t
     Returns:
       The figure.
     """
-    figure, (axis,) = _panels(1, 1, title)
-    figure.set_size_inches(7.5, 4)
+    figure, (axis, differences) = _panels(1, 2, title, height=3)
     shades = colormaps["viridis"](np.linspace(0, 0.9, max(1, len(numbers) - 1)))
     for (name, metrics), color in zip(numbers.items(), ["black", *shades], strict=True):
         epochs = np.arange(1, len(metrics["train_accuracy"][0]) + 1)
@@ -178,6 +180,17 @@ def accuracies(numbers: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], t
     axis.set_xlabel("epoch", **_STYLE)
     axis.set_ylabel("accuracy (solid: training, dashed: test)", **_STYLE)
     axis.legend(fontsize=7, frameon=False, ncols=2)
+
+    reference, *others = numbers
+    last = {name: 100 * np.asarray(metrics["test_error"])[:, -1] for name, metrics in numbers.items()}
+    differences.axhline(0, color="0.7", linewidth=1, zorder=0)
+    for x, (name, color) in enumerate(zip(others, shades, strict=True)):
+        values = last[name] - last[reference]
+        style = dict(color=color, marker="o", markersize=4, capsize=3)
+        differences.errorbar(x, values.mean(), values.std(ddof=len(values) > 1), **style)
+        differences.plot(np.full(len(values), x + 0.2), values, "_", color="0.4", markersize=6)
+    differences.set_xticks(range(len(others)), others, rotation=45, ha="right")
+    differences.set_ylabel(f"test error - that of {reference}, points", **_STYLE)
     return figure
 
 

@@ -158,6 +158,10 @@ class Trained(NamedTuple):
     records: dict[str, np.ndarray]
 
 
+class DivergedError(ValueError):
+    """The training loss is no longer finite."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Predict:
     """``predict(params, batch)`` of a net in evaluation mode; equal for equal nets, so that ``jit`` compiles once."""
@@ -252,8 +256,8 @@ def train(
       far because they were not finite.
 
     Raises:
-      ValueError: if the batch is larger than the training set, the loss is no longer finite, or ``checkpoint_dir``
-        holds another training.
+      DivergedError: if the loss is no longer finite.
+      ValueError: if the batch is larger than the training set, or ``checkpoint_dir`` holds another training.
     """
     num_images = len(dataset.train["label"])
     steps = num_images // config.batch_size
@@ -289,7 +293,7 @@ def train(
             record = {name: float(values[epoch]) for name, values in state.history.items()}
             bar.set_postfix({name: f"{value:.4g}" for name, value in record.items()})
             if not np.isfinite(record["train_loss"]):
-                raise ValueError(
+                raise DivergedError(
                     f"the training loss is {record['train_loss']} in epoch {epoch + 1}; lower "
                     f"learning_rate={config.learning_rate}{_or_gamma(config)}"
                 )

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxhess.batches import Batches
 from jaxhess.layers import find_layers, layer_names, middle_layers
 from jaxhess.objective import output_factor_product, output_hessian_product
 from jaxhess.operators import prepare
@@ -46,9 +47,10 @@ def hessian_trace_penalty(
     Args:
       loss: ``loss(params, batch) -> scalar``; for "ggn" an `Objective`.
       params: a pytree of floating-point arrays. Half precision is taken in float32.
-      batch: any pytree.
+      batch: any pytree of arrays; one batch, for the loop over `Batches` runs on the host.
       key: a JAX random key.
-      layers: "all"; "middle" (`middle_layers` in network order); names; or {name: weight} with weights >= 0.
+      layers: "all"; "middle" (`middle_layers` in network order, of three layers all); names; or {name: weight} with
+        weights >= 0. Scanned layers are named as a whole or by slices, not both.
       num_probes: probes, vmapped.
       curvature: "hessian" or "ggn".
       probe: "rademacher" or "gaussian".
@@ -60,7 +62,8 @@ def hessian_trace_penalty(
 
     Raises:
       TypeError, ValueError: as `hessian`; ValueError for layers that select nothing, unknown names (the message lists
-        the layers), a weight that is negative or not finite, or a loss that does not use the parameters.
+        the layers) or overlapping ones, a weight that is negative or not finite, or a loss that does not use the
+        parameters, or none of those selected; TypeError for `Batches`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxhess as jh
@@ -72,37 +75,75 @@ def hessian_trace_penalty(
 
     Reference: equation (5) of the paper.
     """
+    penalty, gradient = penalty_and_gradient(
+        loss,
+        params,
+        batch,
+        key=key,
+        layers=layers,
+        num_probes=num_probes,
+        curvature=curvature,
+        probe=probe,
+        has_aux=has_aux,
+    )
+    return penalty, jax.tree.map(lambda g, p: g.astype(jnp.result_type(p)), gradient, params)
+
+
+def penalty_and_gradient(
+    loss: Callable,
+    params: PyTree,
+    batch: PyTree,
+    *,
+    key: jax.Array,
+    layers: Layers,
+    num_probes: int,
+    curvature: str,
+    probe: str,
+    has_aux: bool,
+) -> tuple[jax.Array, PyTree]:
+    """As `hessian_trace_penalty`, with the gradient in at least float32 whatever the parameters are in."""
     check_key(key)
     check_count("num_probes", num_probes)
+    if isinstance(batch, Batches):
+        raise TypeError("the penalty takes one batch, not Batches; give the batch of the step")
     if curvature not in ("hessian", "ggn"):
         raise ValueError(f"the penalty takes curvature 'hessian' or 'ggn', got {curvature!r}")
-    dtypes = jax.tree.map(jnp.result_type, params)
     loss, params = prepare(curvature, loss, params, batch, has_aux)
     spec = _Penalty(loss, curvature, sampler(probe), num_probes, leaf_weights(loss, params, batch, layers))
     penalty, gradient = _penalty(spec, params, batch, key)
-    return penalty, jax.tree.map(lambda g, dtype: g.astype(dtype), gradient, dtypes)
+    return penalty.astype(jnp.result_type(jnp.float32, *jax.tree.leaves(params))), gradient
 
 
 def leaf_weights(loss: Callable, params: PyTree, batch: PyTree, layers: Layers) -> tuple[tuple[float, ...], ...]:
     """The weight of each leaf of the parameters: one number, or one for each slice of scanned layers."""
     check_layers(layers)
     leaves = jax.tree.leaves(params)
-    if not _uses_params(loss, params, batch):
+    if not _uses(loss, params, batch, range(len(leaves))):
         raise ValueError("the loss does not use the parameters, so its Hessian is zero; check what it closes over")
     if layers == "all":
         return ((1.0,),) * len(leaves)
     if layers == "middle":
         layers = middle_layers(layer_names(params, loss, batch))
     named = dict(layers) if isinstance(layers, Mapping) else dict.fromkeys(layers, 1.0)
-    weights = [[0.0] for _ in leaves]
+    weights: dict[int, Any] = {}  # a float, or {slice: float}
     for layer in find_layers(params, list(named)):
         for i in layer.leaves:
+            slices = weights.setdefault(i, {})
+            if not isinstance(slices, dict) or (slices and layer.scan_index is None):
+                raise ValueError(f"the layers {list(named)} overlap at {layer.name!r}; name a layer or its slices")
             if layer.scan_index is None:
-                weights[i] = [float(named[layer.name])]
+                weights[i] = float(named[layer.name])
             else:
-                weights[i] = weights[i] if len(weights[i]) > 1 else [0.0] * len(leaves[i])
-                weights[i][layer.scan_index] = float(named[layer.name])
-    return tuple(map(tuple, weights))
+                slices[layer.scan_index] = float(named[layer.name])
+    if not _uses(loss, params, batch, weights):
+        raise ValueError(f"the loss uses none of the layers {list(named)}, so the penalty is zero; choose others")
+    return tuple(_weights_of(weights.get(i, 0.0), leaf) for i, leaf in enumerate(leaves))
+
+
+def _weights_of(weight, leaf):
+    if isinstance(weight, dict):
+        return tuple(weight.get(i, 0.0) for i in range(len(leaf)))
+    return (weight,)
 
 
 def check_layers(layers: Layers) -> None:
@@ -116,11 +157,18 @@ def check_layers(layers: Layers) -> None:
     if not layers:
         raise ValueError("layers selects no layer; name at least one, or use 'all'")
     if isinstance(layers, Mapping):
-        bad = {name: weight for name, weight in layers.items() if not 0 <= weight < float("inf")}
+        bad = {name: weight for name, weight in layers.items() if not _is_weight(weight)}
         if bad:
             raise ValueError(f"weights of layers must be finite and not negative, got {bad}")
         if not any(layers.values()):
             raise ValueError("the weights of all layers are zero; give at least one layer a weight")
+
+
+def _is_weight(weight):
+    try:
+        return 0 <= float(weight) < float("inf")
+    except (TypeError, ValueError):
+        return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,11 +248,15 @@ def _ggn_form_without_factor(spec, params, batch, key):
     return jax.value_and_grad(form)(params)
 
 
-def _uses_params(loss, params, batch):
-    """Whether the loss depends on the parameters at all, by its jaxpr."""
+def _uses(loss, params, batch, leaves):
+    """Whether the loss depends on some of these leaves of the parameters, by its jaxpr."""
     jaxpr = jax.make_jaxpr(loss)(params, batch).jaxpr
-    reached = set(jaxpr.invars[: len(jax.tree.leaves(params))])
+    reached = {jaxpr.invars[i] for i in leaves}
+
+    def inside(var):
+        return not hasattr(var, "val") and var in reached  # a literal has a value, and no hash
+
     for eqn in jaxpr.eqns:
-        if any(not hasattr(var, "val") and var in reached for var in eqn.invars):
+        if any(map(inside, eqn.invars)):
             reached.update(eqn.outvars)
-    return jaxpr.outvars[0] in reached
+    return inside(jaxpr.outvars[0])

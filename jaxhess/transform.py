@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxhess.regularizer import Layers, check_layers, hessian_trace_penalty
+from jaxhess.regularizer import Layers, check_layers, penalty_and_gradient
 from jaxhess.trace import check_count, check_key, sampler
 
 PyTree = Any
@@ -23,8 +23,9 @@ class HessianTraceState(NamedTuple):
     Attributes:
       count: int32, steps so far.
       key: the raw data of the random key.
-      penalty: the last penalty sum_l w_l Tr(A_l), without gamma; NaN before the first.
-      skipped: int32, penalties left out because they or their gradient were not finite.
+      penalty: the last penalty sum_l w_l Tr(A_l), without gamma; 0 before the first.
+      skipped: int32, penalties left out because they or what they would have added were not finite, or because the
+        schedule of gamma was negative.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxhess as jh
@@ -57,10 +58,11 @@ def add_hessian_trace(
     """Adds the gradient of gamma * sum_l w_l Tr(A_l) to the updates, on every so many steps.
 
     It acts on the steps with count >= start and (count - start) divisible by ``every``, so on the first one too; on
-    the steps between it does nothing. The value of the last penalty is in the state. A penalty that is not finite is
-    left out of its step and counted in ``skipped``. The steps between are a branch of ``lax.cond``; XLA's CPU backend
-    runs convolutions inside a branch on one thread, so that there two compiled steps, one with ``every=1`` and one
-    without the transformation, are the faster way (`experiments/train.py` does that).
+    the steps between it does nothing. The value of the last penalty is in the state. A penalty that is not finite, or
+    is not when gamma has scaled it, is left out of its step and counted in ``skipped``, and so is one whose gamma comes
+    negative from a schedule. Under ``jit`` the steps between are a branch of ``lax.cond``; XLA's CPU backend is slow
+    with convolutions inside a branch, so that there two compiled steps, one with ``every=1`` and one without the
+    transformation, are the faster way (`experiments/train.py` does that).
 
     Its place in the chain decides what happens to the penalty: before ``optax.scale_by_adam`` Adam preconditions it
     with the gradient, behind it is added as it is (as in decoupled weight decay), and behind ``optax.sgd`` it would
@@ -73,8 +75,13 @@ def add_hessian_trace(
 
     Curvature of half-precision parameters is computed in float32, and the updates keep their dtype. Inside
     ``optax.MultiSteps`` the penalty is that of the last micro-batch's parameters and batch. Under
-    ``optax.inject_hyperparams`` name all arguments but gamma in ``static_args``. Select layers with ``layers``, not
-    with ``optax.masked``, which hides parameters from the loss.
+    ``optax.inject_hyperparams`` name all arguments but gamma: ``static_args=("loss", "every", "start", "layers",
+    "num_probes", "curvature", "probe", "has_aux")`` (and "key" for a raw one). Select layers with ``layers``, not with
+    ``optax.masked``, which hides parameters from the loss.
+
+    On several devices arrays with a ``jax.sharding`` are taken as they are. Under ``jax.pmap``, or ``shard_map`` with
+    ``check_vma=False``, each device sees its part of the batch only and adds a penalty of its own: take the mean over
+    devices of what this transformation returns, not of the gradients before it, or the copies of the parameters part.
 
     Args:
       loss: ``loss(params, batch) -> scalar``; for "ggn" an `Objective`.
@@ -113,16 +120,15 @@ def add_hessian_trace(
         raise ValueError(f"the penalty takes curvature 'hessian' or 'ggn', got {curvature!r}")
     check_layers(layers)
     sampler(probe)
-    if not callable(gamma) and not isinstance(gamma, jax.core.Tracer):
-        if not (np.ndim(gamma) == 0 and np.isfinite(gamma) and gamma >= 0):
-            raise ValueError(f"gamma must be a finite number that is not negative, or a schedule, got {gamma!r}")
+    if not (callable(gamma) or isinstance(gamma, jax.core.Tracer) or _is_coefficient(gamma)):
+        raise ValueError(f"gamma must be a finite number that is not negative, or a schedule, got {gamma!r}")
     key, impl = _key_data(key)
 
     def init_fn(params):
         return HessianTraceState(
             count=jnp.zeros((), jnp.int32),
             key=jnp.array(key, copy=True),  # a donated state must not take the caller's key with it
-            penalty=jnp.full((), jnp.nan, _penalty_dtype(params)),
+            penalty=jnp.zeros((), jnp.result_type(jnp.float32, *jax.tree.leaves(params))),
             skipped=jnp.zeros((), jnp.int32),
         )
 
@@ -139,7 +145,7 @@ def add_hessian_trace(
 
         def penalize():
             step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=impl), state.count)
-            penalty, gradient = hessian_trace_penalty(
+            penalty, gradient = penalty_and_gradient(
                 loss,
                 params,
                 batch,
@@ -150,20 +156,29 @@ def add_hessian_trace(
                 probe=probe,
                 has_aux=has_aux,
             )
-            finite = jnp.isfinite(penalty)
-            for leaf in jax.tree.leaves(gradient):
-                finite &= jnp.isfinite(leaf).all()
+            if jax.tree.structure(gradient) != jax.tree.structure(updates):
+                raise ValueError(
+                    f"the updates must be a pytree like the parameters, got {jax.tree.structure(updates)} for "
+                    f"{jax.tree.structure(gradient)}; leave layers out with layers=, not by None"
+                )
             scale = jnp.asarray(gamma(state.count) if callable(gamma) else gamma)
-            added = jax.tree.map(
-                lambda u, g: jnp.where(finite, u + (scale.astype(g.dtype) * g).astype(u.dtype), u), updates, gradient
-            )
-            return added, penalty.astype(state.penalty.dtype), state.skipped + ~finite
+            # Scaled before it is cast: 1e-8 is zero in half precision, and what gamma makes infinite must not pass.
+            added = jax.tree.map(lambda u, g: (scale.astype(g.dtype) * g).astype(u.dtype), updates, gradient)
+            valid = jnp.isfinite(penalty) & (scale >= 0)
+            for leaf in jax.tree.leaves(added):
+                valid &= jnp.isfinite(leaf).all()
+            added = jax.tree.map(lambda u, a: jnp.where(valid, u + a, u), updates, added)
+            return added, penalty.astype(state.penalty.dtype), state.skipped + ~valid
 
         if every == 1 and start == 0:
             updates, penalty, skipped = penalize()
         else:
             due = (state.count >= start) & ((state.count - start) % every == 0)
-            updates, penalty, skipped = jax.lax.cond(due, penalize, lambda: (updates, state.penalty, state.skipped))
+            as_it_was = (updates, state.penalty, state.skipped)
+            if isinstance(due, jax.core.Tracer):
+                updates, penalty, skipped = jax.lax.cond(due, penalize, lambda: as_it_was)
+            else:  # outside jit a cond would be compiled at every step
+                updates, penalty, skipped = penalize() if due else as_it_was
         return updates, HessianTraceState(optax.safe_increment(state.count), state.key, penalty, skipped)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -176,8 +191,11 @@ def _key_data(key):
     return key, None
 
 
-def _penalty_dtype(params):
-    return jnp.promote_types(jnp.result_type(*jax.tree.leaves(params)), jnp.float32)
+def _is_coefficient(gamma):
+    try:
+        return not isinstance(gamma, bool) and np.ndim(gamma) == 0 and bool(np.isfinite(gamma) and gamma >= 0)
+    except TypeError:  # of what is no number, or complex
+        return False
 
 
 def _check_masks(params):

@@ -137,7 +137,7 @@ def test_the_tables_from_end_to_end(any_data, small_net, tmp_path, capsys, monke
 def test_the_figures_from_end_to_end(any_data, small_net, tmp_path, capsys, name, options):
     words = [name, f"out={tmp_path / 'out'}", "epochs=2", "trials=2", *TINY, *options]
     assert run.main(words) == 0
-    assert "paired t-test p = " in capsys.readouterr().out
+    assert "paired t-test" in capsys.readouterr().out
     figure = tmp_path / "out" / "figure.png"
     first = figure.read_bytes()
     assert run.main([*words, "redraw=true"]) == 0 and figure.read_bytes() == first and len(first) < 200_000
@@ -156,10 +156,32 @@ def test_the_search_for_strengths_from_end_to_end(any_data, small_net, tmp_path,
     for method, points in numbers.items():
         assert len(points) == {"none": 1, "htr": 2, "l2": 2, "sam": 1}[method]
         errors = [np.mean([record["held_out_error"] for record in point["trials"]]) for point in points]
-        # The test images are looked at for the chosen strength alone.
-        tested = ["test_error" in record for point in points for record in point["trials"]]
-        assert sum(tested) == 2 and tested[2 * int(np.argmin(errors))]
+        # The test images are looked at for the chosen strength alone, with nets that the choice has not seen.
+        assert not any("test_error" in record for point in points for record in point["trials"])
+        tested = [len([r for r in point["tested"] if 0 <= r["test_error"] <= 1]) for point in points]
+        assert sum(tested) == 2 and tested[int(np.argmin(errors))] == 2
+        chosen = points[int(np.argmin(errors))]
+        assert chosen["tested"][0]["trace"] != chosen["trials"][0]["trace"]
     assert (tmp_path / "figure.png").stat().st_size < 200_000
+
+
+def test_a_training_that_diverges_does_not_stop_a_sweep(any_data, small_net, tmp_path, capsys):
+    words = [f"out={tmp_path / 'fig14'}", "epochs=2", "trials=2", *TINY]
+    assert run.main(["fig14", "gammas=1e30,1e-4", *words]) == 0
+    printed = capsys.readouterr().out
+    numbers = json.loads((tmp_path / "fig14" / "numbers.json").read_text())
+    assert np.isfinite(numbers["gamma = 0.0001"]["test_error"]).all()
+    kept = numbers["gamma = 1e+30"]["test_error"]
+    assert np.isnan(kept).all() if "NaN" in printed else "left out" in printed
+
+
+@pytest.mark.parametrize(
+    "words", [["table1", "curvature=fisher"], ["fig14", "gammas=-1"], ["gamma", "gammas=1,-1", "held_out=100"]]
+)
+def test_bad_settings_are_seen_before_anything_is_trained(any_data, tmp_path, capsys, monkeypatch, words):
+    monkeypatch.setattr(train, "train", lambda *args, **options: pytest.fail("trained"))
+    assert run.main([*words, f"out={tmp_path}", *TINY]) == 2
+    assert "fisher" in (err := capsys.readouterr().err) or "-1" in err
 
 
 def test_table_4_from_end_to_end(any_data, small_net, tmp_path, capsys):
@@ -177,6 +199,12 @@ def test_table_4_from_end_to_end(any_data, small_net, tmp_path, capsys):
         ([0.10, 0.11, 0.12], [0.11, 0.10, 0.12], ": not decided "),
         ([0.10], [0.20], ": not decided "),
         ([0.10, 0.11], [0.10, 0.11], ": not decided "),
+        (
+            [np.float32(x) for x in (0.1049, 0.106, 0.1102)],
+            [np.float32(x) for x in (0.105, 0.1061, 0.1103)],
+            ": not dec",
+        ),
+        ([float("nan"), 0.1, 0.2], [0.1, 0.11, 0.23], ": not decided "),
     ],
 )
 def test_claims_are_judged_in_words(lower, higher, verdict):
@@ -184,3 +212,5 @@ def test_claims_are_judged_in_words(lower, higher, verdict):
     assert line.startswith("HTR lowers the test error") and verdict in line
     if len(lower) == 3 and "seen" in verdict:
         assert "not decided" in arms.judge(arms.Claim("a", "b", "w"), {"a": lower, "b": higher}, tests=100)
+    else:
+        assert ("no paired t-test" in line) == (not np.isfinite(arms.paired_p(lower, higher)))

@@ -160,6 +160,7 @@ def test_an_underflowing_probability_leaves_the_gradient_finite():
         ({"layers": {"fc1": -1.0}}, "not negative.*fc1"),
         ({"layers": {"fc1": float("nan")}}, "finite.*fc1"),
         ({"layers": {"fc1": 0.0}}, "all layers are zero"),
+        ({"layers": {"fc1": None}}, "finite.*fc1.*None"),
         ({"num_probes": 0}, "num_probes.*at least 1.*0"),
         ({"curvature": "functional"}, "'hessian' or 'ggn'.*functional"),
         ({"probe": "uniform"}, "unknown probe 'uniform'"),
@@ -174,6 +175,29 @@ def test_bad_arguments(options, message):
 def test_a_loss_that_ignores_the_parameters():
     with pytest.raises(ValueError, match="does not use the parameters"):
         jh.hessian_trace_penalty(lambda p, batch: jnp.sum(batch**2), {"w": jnp.ones(2)}, jnp.ones(2), key=KEY)
+
+    with pytest.raises(ValueError, match="does not use the parameters"):
+        jh.hessian_trace_penalty(lambda p, batch: jnp.float32(1.0), {"w": jnp.ones(2)}, jnp.ones(2), key=KEY)
+    params = {"used": {"w": jnp.ones(2)}, "aux": {"w": jnp.ones(2)}}
+    with pytest.raises(ValueError, match=r"none of the layers \['aux'\]"):
+        jh.hessian_trace_penalty(lambda p, b: jnp.sum(p["used"]["w"] ** 3), params, None, key=KEY, layers=["aux"])
+
+
+@pytest.mark.parametrize("names", [["blocks", "blocks[0]"], ["blocks[0]", "blocks"]])
+def test_a_layer_and_its_slices_are_not_both_selected(names):
+    def loss(params, batch):
+        return jax.lax.scan(lambda h, w: (h + jnp.sum(w**3), None), 0.0, params["blocks"]["w"])[0]
+
+    params = {"blocks": {"w": jnp.ones((3, 2))}}
+    with pytest.raises(ValueError, match="overlap at"):
+        jh.hessian_trace_penalty(loss, params, None, key=KEY, layers=names)
+    value, _ = jh.hessian_trace_penalty(loss, params, None, key=KEY, layers={"blocks[0]": 1.0, "blocks[2]": 2.0})
+    assert value == pytest.approx(36.0)
+
+
+def test_many_batches_are_refused():
+    with pytest.raises(TypeError, match="one batch, not Batches"):
+        jh.hessian_trace_penalty(lambda p, b: jnp.sum(p**3), jnp.ones(2), jh.Batches([jnp.ones(1)]), key=KEY)
 
 
 def test_ggn_of_a_plain_loss():

@@ -63,7 +63,7 @@ def test_the_penalty_acts_from_its_first_epoch_and_is_recorded(made):
     # Step 3 is the first with a penalty, and its loss is still that of the parameters before it.
     np.testing.assert_allclose(plain.step_loss[:4], found.step_loss[:4], rtol=1e-5)
     assert found.step_loss.shape == (9,) and differ(plain, found)
-    assert np.isnan(found.history["penalty"][0]) and (found.history["penalty"][1:] > 0).all()
+    assert found.history["penalty"][0] == 0 and (found.history["penalty"][1:] > 0).all()
     np.testing.assert_array_equal(found.history["skipped"], 0)
     assert "penalty" not in plain.history
     np.testing.assert_allclose(found.step_loss.reshape(3, 3).mean(1), found.history["train_loss"], rtol=1e-5)

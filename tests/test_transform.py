@@ -194,12 +194,59 @@ def test_a_penalty_that_is_not_finite_is_left_out_and_counted():
     tx = jh.add_hessian_trace(lambda p, scale: scale * jnp.sum(p["w"] ** 4), 1.0, key=KEY)
     params = {"w": jnp.ones(2)}
     state = tx.init(params)
-    assert np.isnan(state.penalty)
+    assert state.penalty == 0
     for count, (scale, skipped) in enumerate([(1.0, 0), (np.inf, 1), (np.nan, 2), (1.0, 2)], 1):
         updates, state = _step(tx, state, params, jnp.asarray(scale))
         assert (state.count, state.skipped) == (count, skipped)
         assert np.isfinite(state.penalty) == np.isfinite(scale)
         np.testing.assert_allclose(updates["w"], 25.0 if np.isfinite(scale) else 1.0)
+
+
+@pytest.mark.parametrize("gamma", [np.nan, np.inf, -1.0, 1e38])
+def test_what_gamma_makes_of_a_penalty_is_looked_at_too(gamma):
+    tx = jh.add_hessian_trace(lambda p, scale: scale * jnp.sum(p["w"] ** 4), lambda count: gamma, key=KEY)
+    params = {"w": jnp.ones(2)}
+    updates, state = _step(tx, tx.init(params), params, jnp.asarray(1.0))
+    assert state.skipped == 1 and np.isfinite(state.penalty)
+    np.testing.assert_array_equal(updates["w"], 1.0)
+
+
+@pytest.mark.parametrize("gamma", [1e-8, 1e-4])
+def test_half_precision_is_scaled_in_float32(gamma):
+    """gamma is zero in float16, or the gradient infinite; their product is neither."""
+    tx = jh.add_hessian_trace(lambda p, scale: scale * jnp.sum(p["w"].astype(jnp.float32) ** 3), gamma, key=KEY)
+    params = {"w": jnp.ones(2, jnp.float16)}
+    updates, state = _step(tx, tx.init(params), params, jnp.float32(10 / gamma))
+    assert state.skipped == 0 and updates["w"].dtype == jnp.float16
+    np.testing.assert_allclose(updates["w"], 61.0, rtol=1e-3)
+
+
+# ---- outside jit, and in optax's tools ----
+
+
+def test_without_jit_too_only_the_first_step_compiles():
+    tx = jh.add_hessian_trace(P.objective, 1e-2, every=3, key=KEY)
+    state, acted = tx.init(P.params), []
+    for i in range(4):
+        with helpers.counted_compilations() as compiled:
+            updates, state = tx.update(zeros(), state, P.params, batch=P.batch)
+        acted.append(bool(np.any(helpers.ravel(updates))))
+        assert not i or not compiled
+    assert acted == [True, False, False, True] and state.count == 4
+
+
+def test_the_state_is_found_by_optax():
+    tx = optax.chain(jh.add_hessian_trace(P.objective, 1e-2, key=KEY), optax.adam(1e-3))
+    state = optax.tree_map_params(tx, lambda x: x + 1, tx.init(P.params))
+    np.testing.assert_array_equal(helpers.ravel(state[1][0].mu), 1.0)
+    assert state[0].count == 0
+
+
+def test_nothing_is_nan_before_the_first_penalty():
+    tx = jh.add_hessian_trace(P.objective, 1e-2, start=2, key=KEY)
+    with jax.debug_nans(True):
+        updates, _ = run(tx, 3)
+    assert [bool(np.any(update)) for update in updates] == [False, False, True]
 
 
 # ---- what is refused ----
@@ -210,6 +257,8 @@ def test_a_penalty_that_is_not_finite_is_left_out_and_counted():
     [
         ({"gamma": -1.0}, ValueError, "gamma.*not negative.*-1"),
         ({"gamma": float("nan")}, ValueError, "gamma.*finite.*nan"),
+        ({"gamma": None}, ValueError, "gamma.*a finite number.*None"),
+        ({"gamma": 1j}, ValueError, "gamma.*a finite number"),
         ({"every": 0}, ValueError, "every.*at least 1.*0"),
         ({"every": 2.5}, ValueError, "every.*whole.*2.5"),
         ({"start": -1}, ValueError, "start.*-1"),
@@ -231,6 +280,7 @@ def test_bad_arguments(options, error, message):
     [
         (lambda tx, s: tx.update(zeros(), s, P.params), "needs the batch.*batch=batch"),
         (lambda tx, s: tx.update(zeros(), s, batch=P.batch), "needs the parameters"),
+        (lambda tx, s: tx.update(zeros() | {"fc1": None}, s, P.params, batch=P.batch), "like the parameters.*layers="),
         (lambda tx, s: tx.update(zeros(), s, P.params, batch={"x": P.batch["x"]}), "no labels in the batch"),
         (lambda tx, s: tx.update(zeros(), s, P.params, batch=P.batch | {"label": jnp.arange(3)}), "labels of shape"),
     ],
