@@ -399,8 +399,3 @@ def made_dataset(train_images, test_images, shape, num_classes, name="made"):
     image = rng.integers(0, 256, (len(label), *shape), dtype=np.uint8)
     splits = (slice(train_images), slice(train_images, None))
     return data.Dataset.create(name, num_classes, *({"image": image[part], "label": label[part]} for part in splits))
-
-
-def same(one, two):
-    """Whether two trees of arrays are bitwise equal, by assertion."""
-    jax.tree.map(np.testing.assert_array_equal, one, two)

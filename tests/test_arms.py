@@ -6,7 +6,8 @@ import json
 import jax
 import numpy as np
 import pytest
-from helpers import made_dataset, same
+from chex import assert_trees_all_equal
+from helpers import made_dataset
 
 from experiments import arms, data, models, run, train
 
@@ -106,9 +107,9 @@ def test_paired_trials_start_from_the_same_parameters_and_see_the_same_images(an
         tx = train.optimizer(settings, 2, settings.penalty.transform(model, settings, 2) if settings.penalty else None)
         states[arm] = train.init_state(model, tx, settings, made)
     for state in states.values():
-        same(state.params, states["ce"].params)
+        assert_trees_all_equal(state.params, states["ce"].params)
         for key in ("key", "augment_key"):
-            same(*(jax.random.key_data(getattr(s, key)) for s in (state, states["ce"])))
+            assert_trees_all_equal(*(jax.random.key_data(getattr(s, key)) for s in (state, states["ce"])))
     other = train.init_state(model, train.optimizer(settings, 2), arms.training(config, "ce", 6), made)
     assert (other.params["fc1"]["kernel"] != states["ce"].params["fc1"]["kernel"]).any()
 

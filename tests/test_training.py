@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import made_dataset, same
+from chex import assert_trees_all_equal
+from helpers import made_dataset
 
 from experiments import checkpoints, data, models, results, train
 
@@ -105,7 +106,7 @@ def test_augmentation_keeps_shape_type_and_range(dtype):
     assert found.shape == images.shape and found.dtype == dtype
     low, high = images.min((1, 2), keepdims=True), images.max((1, 2), keepdims=True)
     assert ((found >= low) & (found <= high)).all()
-    same(found, train.augment(jax.random.key(0), images))
+    assert_trees_all_equal(found, train.augment(jax.random.key(0), images))
     assert (found != train.augment(jax.random.key(1), images)).any()
 
 
@@ -169,7 +170,7 @@ def kill_and_resume(tmp_path, kills, seed):
             child.communicate()
             assert child.returncode in (-signal.SIGKILL, 0)
             killed += child.returncode != 0
-        same(long_training(out), expected)
+        assert_trees_all_equal(long_training(out), expected)
 
 
 def test_killed_runs_go_on_bitwise(tmp_path):
@@ -241,7 +242,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_used(made, tmp_path,
     error = capsys.readouterr().err
     assert error.count("warning: the checkpoint of epoch 2") == 1 and error.count("\n") == 1
     assert seen == [2, 3] and steps_in(tmp_path) == [2, 3]  # only the last two are kept
-    same(found, whole)
+    assert_trees_all_equal(found, whole)
 
 
 def test_with_no_whole_checkpoint_training_starts_anew(made, tmp_path, capsys):
@@ -251,7 +252,7 @@ def test_with_no_whole_checkpoint_training_starts_anew(made, tmp_path, capsys):
         truncate(folder)
     found, seen = resumed(made, tmp_path)
     assert capsys.readouterr().err.count("is damaged and left out") == 2 and seen == [0, 1, 2, 3]
-    same(found, whole)
+    assert_trees_all_equal(found, whole)
 
 
 def test_checkpoints_of_another_training_are_refused(made, tmp_path):
@@ -269,8 +270,8 @@ def test_checkpoints_bring_back_keys_and_types(tmp_path):
     epoch, found, records = kept.latest(jax.tree.map(jnp.zeros_like, state))
     kept.close()
     assert epoch == 4 and records == {"x": [0.1]} and found["half"].dtype == jnp.bfloat16
-    same(jax.random.key_data(found.pop("key")), jax.random.key_data(state.pop("key")))
-    same(found, state)
+    assert_trees_all_equal(jax.random.key_data(found.pop("key")), jax.random.key_data(state.pop("key")))
+    assert_trees_all_equal(found, state)
 
 
 # ---- held-out images, sharpness-aware minimisation ----
