@@ -179,7 +179,7 @@ def accuracies(numbers: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], t
         _band(axis, epochs, 1 - np.asarray(metrics["test_error"]), color=color, linestyle=DASHES[1])
     axis.set_xlabel("epoch", **_STYLE)
     axis.set_ylabel("accuracy (solid: training, dashed: test)", **_STYLE)
-    axis.legend(fontsize=7, frameon=False, ncols=2)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", fontsize=7, frameon=False, ncols=5)
 
     reference, *others = numbers
     last = {name: 100 * np.asarray(metrics["test_error"])[:, -1] for name, metrics in numbers.items()}
@@ -189,6 +189,7 @@ def accuracies(numbers: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], t
         style = dict(color=color, marker="o", markersize=4, capsize=3)
         differences.errorbar(x, values.mean(), values.std(ddof=len(values) > 1), **style)
         differences.plot(np.full(len(values), x + 0.2), values, "_", color="0.4", markersize=6)
+    differences.set_yscale("symlog", linthresh=0.1)  # from nothing to what ruins the net
     differences.set_xticks(range(len(others)), others, rotation=45, ha="right")
     differences.set_ylabel(f"test error - that of {reference}, points", **_STYLE)
     return figure

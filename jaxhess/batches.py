@@ -37,7 +37,8 @@ class Batches:
 
     Args:
       batches: an iterable that can be read again and again: a list, or an object whose ``__iter__`` starts anew.
-      size: ``size(batch) -> int``, the number of examples; by default the leading axis that all arrays share.
+      size: ``size(batch)``, the number of examples or the sum of their weights; by default the leading axis that all
+        arrays share.
 
     Raises:
       TypeError: if ``batches`` can be read only once (a generator), or is no iterable.
@@ -52,13 +53,15 @@ class Batches:
     """
 
     batches: Iterable[PyTree]
-    size: Callable[[PyTree], int] = leading_axis
+    size: Callable[[PyTree], float] = leading_axis
 
     def __post_init__(self):
         if not isinstance(self.batches, Iterable) or isinstance(self.batches, (Mapping, str)):
             got = type(self.batches).__name__
             raise TypeError(f"Batches takes an iterable of batches, got {got}; for one batch: Batches([batch])")
-        if isinstance(self.batches, Iterator):
+        # Whoever knows its length, like a loader that starts workers to iterate, is taken to start anew.
+        once = not hasattr(self.batches, "__len__") and iter(self.batches) is iter(self.batches)
+        if isinstance(self.batches, Iterator) or once:
             raise TypeError(
                 f"Batches reads its batches once for each product, and a {type(self.batches).__name__} can be read "
                 f"only once; give a list, or an object whose __iter__ starts anew"
@@ -67,13 +70,13 @@ class Batches:
     def __iter__(self) -> Iterator[PyTree]:
         return iter(self.batches)
 
-    def weighted(self) -> Iterator[tuple[int, PyTree]]:
+    def weighted(self) -> Iterator[tuple[float, PyTree]]:
         """Pairs (number of examples, batch); ValueError where there are no batches or an empty one."""
         empty = True
         for number, batch in enumerate(self.batches):
-            size = int(self.size(batch))
-            if size < 1:
-                raise ValueError(f"batch {number} has {size} examples; leave empty batches out")
+            size = float(self.size(batch))
+            if not 0 < size < float("inf"):
+                raise ValueError(f"batch {number} has {size:g} examples; leave empty batches out")
             empty = False
             yield size, batch
         if empty:

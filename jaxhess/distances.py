@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import scipy.stats
 
-from jaxhess.spectrum import Spectrum, broadening
+from jaxhess.spectrum import Spectrum, broadening, is_point
 
 
 def wasserstein(a: Spectrum, b: Spectrum, *, normalize: bool = False) -> float:
@@ -36,7 +36,7 @@ def wasserstein(a: Spectrum, b: Spectrum, *, normalize: bool = False) -> float:
     if not normalize:
         return distance
     width = max(a.lambda_max, b.lambda_max) - min(a.lambda_min, b.lambda_min)
-    return distance / width if width > 0 else 0.0
+    return 0.0 if is_point([a, b]) else distance / width
 
 
 def jensen_shannon(
@@ -68,6 +68,7 @@ def jensen_shannon(
     log_a, log_b = _common_densities(a, b, num_points, kappa)
     log_m = np.logaddexp(log_a, log_b) - np.log(2)
     divergence = 0.5 * (_divergence(log_a, log_m) + _divergence(log_b, log_m))
+    divergence = min(divergence, float(np.log(2)))  # but for rounding it is
     return divergence / float(np.log(2)) if normalize else divergence
 
 

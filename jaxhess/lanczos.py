@@ -152,7 +152,8 @@ def ritz(alphas: ArrayLike, betas: ArrayLike) -> tuple[np.ndarray, np.ndarray, n
 
     The residual of A y - theta y is |beta_m s_m|, with s_m the last entry of the eigenvector: some eigenvalue of A
     lies within it of the Ritz value theta. To it are added 30 eps * max |theta| in the precision of
-    ``alphas``, for the rounding of the products. In float64, on the host.
+    ``alphas``, for the rounding of the products; what an operator computes more coarsely than that, like a net in
+    bfloat16 with parameters in float32, is not seen. In float64, on the host.
 
     Args:
       alphas, betas: (m,) as in `Tridiagonal`.
@@ -315,7 +316,7 @@ def _advance(state, basis, product, restart_key):
     if restart_key is None:
         return following
     key = jax.random.fold_in(restart_key, state.step)
-    restarted = jax.lax.cond(exhausted, lambda: _fresh(basis, vector, key), lambda: following.vector)
+    restarted = jax.lax.cond(exhausted, lambda: _as(_fresh(basis, vector, key), vector), lambda: following.vector)
     return following._replace(vector=restarted, alive=state.alive)
 
 
@@ -333,10 +334,15 @@ def _follow(state, product, rest, has_basis):
         scale=scale,
         alive=state.alive & ~exhausted,
         num_valid=state.num_valid + state.alive,
-        vector=optax.tree.scale(jnp.where(exhausted, 0, 1 / jnp.where(exhausted, 1, beta)), rest),
+        vector=_as(optax.tree.scale(jnp.where(exhausted, 0, 1 / jnp.where(exhausted, 1, beta)), rest), state.vector),
         previous=None if has_basis else state.vector,
     )
     return following, exhausted
+
+
+def _as(tree, like):
+    """In the dtypes of ``like``: a scalar in float64 would turn leaves in float32 into such."""
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -7,6 +7,7 @@ holds many) is written with its index, "blocks[3]/attn".
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -77,14 +78,16 @@ def layer_names(params: PyTree, loss: Callable | None = None, batch: PyTree = No
 
     Reference: the paper's layers, whose Hessians Hess_l are the diagonal blocks.
     """
-    natural = sorted(_modules(params), key=_natural)
+    modules = _modules(params)
+    natural = sorted(modules, key=_natural)
     if not natural:
         raise ValueError("the parameter tree holds no arrays, so it has no layers")
     if loss is None and batch is None:
         return natural
     if loss is None:
         raise ValueError("network order needs the loss too: layer_names(params, loss, batch)")
-    used = _first_uses(loss, params, first_batch(batch))
+    found = _first_uses(loss, params, first_batch(batch))
+    used = {name: module for name, module in found.items() if module in modules}
     return list(used) + [name for name in natural if name not in used.values()]
 
 
@@ -156,8 +159,13 @@ def find_layer(params: PyTree, name: str) -> Layer:
 
 def find_layers(params: PyTree, names: Sequence[str]) -> tuple[Layer, ...]:
     """The `Layer` of each name. The name "total" is kept for the whole net."""
+    if isinstance(names, str):
+        raise TypeError(f"layers are given by a list of names, got the string {names!r}; write [{names!r}]")
     if "total" in names:
-        raise ValueError("a layer is called 'total', which is the name of the whole net's result; rename the module")
+        raise ValueError(
+            "'total' is the name of the whole net's result, which is always there, and no layer; leave it out of the "
+            "names, and rename a module that is called so"
+        )
     return tuple(find_layer(params, name) for name in names)
 
 
@@ -186,7 +194,8 @@ def _modules(params):
         if found[0] != owner:
             raise ValueError(f"two modules have the same name {_name(owner)!r}; rename one (keys with '/' may clash)")
         found[1].append(i)
-    return {name: (owner, tuple(leaves)) for name, (owner, leaves) in modules.items()}
+    sizes = [math.prod(jnp.shape(x)) for x in tree_util.tree_leaves(params)]
+    return {name: (owner, tuple(leaves)) for name, (owner, leaves) in modules.items() if any(sizes[i] for i in leaves)}
 
 
 def _subtree(params, owner, leaves) -> tuple[tuple[int, ...], Any]:
@@ -216,20 +225,36 @@ class _Scanned(NamedTuple):
     leaf: int
 
 
+class _Made(NamedTuple):
+    """Of a leaf, and no longer it: slices of the value are no slices of the leaf."""
+
+    leaf: int
+
+
+# Operations behind which the first axis of a leaf is still its own: conversions, and what acts entry by entry.
+_KEEPING = frozenset(
+    "convert_element_type copy copy_p reduce_precision optimization_barrier sharding_constraint abs add clamp div exp "
+    "integer_pow log logistic max min mul neg pow rsqrt select_n sign sqrt square sub tanh".split()
+)
+
+
 def _first_uses(loss, params, batch):
     """{name: name of its module} in order of first use; the two differ for slices of scanned layers."""
     closed = jax.make_jaxpr(loss)(params, batch)
     leaves = tree_util.tree_leaves_with_path(params)
     count = len(leaves)
     tags = [_Tag(frozenset([i])) if i < count else _Tag(data=True) for i in range(len(closed.jaxpr.invars))]
-    uses: dict = {}  # an ordered set of leaves, and of (leaf, slice, its siblings in the scan, length of the scan)
-    _walk(closed.jaxpr, tags, uses)
+    found: dict = {}  # an ordered set of leaves, and of (leaf, slice, its siblings in the scan, length of the scan)
+    _walk(closed.jaxpr, tags, found)
+    uses = dict.fromkeys(use.leaf if isinstance(use, _Made) else use for use in found)
 
     owners = [_owner(path) for path, _ in leaves]
-    siblings: dict = {}  # of each owner, in the first scan over the whole of its arrays
+    siblings: dict = {}  # of each owner, in the first scan over all of its arrays
     for use in uses:
-        if not isinstance(use, int) and jnp.shape(leaves[use[0]][1])[:1] == (use[3],):
-            siblings.setdefault(owners[use[0]], use[2])
+        if not isinstance(use, int):
+            own = [i for i, owner in enumerate(owners) if owner == owners[use[0]]]
+            if set(own) <= set(use[2]) and all(jnp.shape(leaves[i][1])[:1] == (use[3],) for i in own):
+                siblings.setdefault(owners[use[0]], use[2])
     names: dict = {}
     for use in uses:
         leaf, index = (use, None) if isinstance(use, int) else use[:2]
@@ -263,6 +288,8 @@ def _walk(jaxpr, tags, uses):
         if outs is None:  # an elementary operation
             data = any(tag.data for tag in ins)
             params = frozenset().union(*(tag.params for tag in ins))
+            if eqn.primitive.name not in _KEEPING:
+                params = frozenset(_Made(use) if isinstance(use, int) else use for use in params)
             if data:
                 uses.update(dict.fromkeys(sorted(params, key=str)))
             outs = [_Tag(frozenset(), True) if data else _Tag(params)] * len(eqn.outvars)
@@ -309,7 +336,7 @@ def _walk_scan(eqn, ins, uses):
     slices = reversed(range(length)) if eqn.params["reverse"] else range(length)
     uses.update(dict.fromkeys((leaf, i, scanned, length) for i in slices for leaf in scanned))
     return [
-        tag._replace(params=frozenset(use.leaf if isinstance(use, _Scanned) else use for use in tag.params))
+        tag._replace(params=frozenset(_Made(use.leaf) if isinstance(use, _Scanned) else use for use in tag.params))
         for tag in outs
     ]
 

@@ -213,8 +213,8 @@ def output_factor_product(criterion, outputs, batch, noise):
     values, vectors = jnp.linalg.eigh(blocks)
     # Rounding in a zero eigenvalue is no reason to refuse: `faults` has judged.
     factor = vectors * jnp.sqrt(jnp.maximum(values, 0))[..., None, :]
-    product = jnp.einsum("...ij,...j->...i", factor, noise)
-    return jnp.where((faults[0] | faults[1]), jnp.nan, product)
+    product = jnp.einsum("...ij,...j->...i", factor, noise.astype(factor.dtype))
+    return jnp.where((faults[0] | faults[1]), jnp.nan, product).astype(outputs.dtype)
 
 
 class NoFactorError(ValueError):
@@ -249,6 +249,7 @@ def _faults(criterion, outputs, batch):
 
 def _output_blocks(criterion, outputs, batch):
     """The C x C blocks of S, (..., C, C), and two flags: S has more than these blocks; a block is indefinite."""
+    outputs = outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))  # no eigenvalues of half precision
 
     def product(tangent):
         return output_hessian_product(criterion, outputs, batch, tangent)

@@ -147,7 +147,9 @@ def linearize(operator: Operator, *, like: PyTree) -> Operator:
     """
     if runs_on_host(operator):
         return operator
-    return Partial(_apply_linear, _linearize(as_partial(operator), like))
+    # In the precision of the products, which is that of the vectors that samplers draw.
+    like = jax.tree.map(lambda x: jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32)), like)
+    return Partial(_apply_linear, _linearize(as_partial(operator), like), like)
 
 
 @jax.jit
@@ -156,8 +158,8 @@ def _linearize(operator, like):
 
 
 @jax.jit
-def _apply_linear(linear, v):
-    return linear(v)
+def _apply_linear(linear, like, v):
+    return linear(_match(v, like))
 
 
 def as_partial(operator: Operator) -> Partial:
@@ -175,7 +177,11 @@ def apply_stacked(operator: Operator, vectors: PyTree) -> PyTree:
     operator = as_partial(operator)
     if runs_on_host(operator):
         return operator.func(*operator.args, vectors, stacked=True)
-    return _apply_stacked(operator, vectors)
+    try:
+        return _apply_stacked(operator, vectors)
+    except HostLoopError:  # a function that calls such a product, like its negative
+        rows = [operator(jax.tree.map(lambda x, i=i: x[i], vectors)) for i in range(len(jax.tree.leaves(vectors)[0]))]
+        return jax.tree.map(lambda *parts: jnp.stack(parts), *rows)
 
 
 @jax.jit
@@ -246,7 +252,13 @@ def _match(v, point):
         if jnp.shape(a) != jnp.shape(b):
             at = jax.tree_util.keystr(path)
             raise ValueError(f"v does not match the parameters at {at!r}: shape {jnp.shape(a)}, theirs {jnp.shape(b)}")
+        if jnp.issubdtype(jnp.result_type(a), jnp.complexfloating):
+            raise TypeError(f"v is complex at {jax.tree_util.keystr(path)!r}; take the products of its two parts")
     return jax.tree.map(lambda a, b: jnp.asarray(a, jnp.result_type(b)), v, point)
+
+
+class HostLoopError(TypeError):
+    """A product over `Batches` was called under a transformation of JAX."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,7 +270,7 @@ class _OverBatches:
 
     def __call__(self, params, v, stacked=False):
         if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, v))):
-            raise TypeError(
+            raise HostLoopError(
                 "an operator over Batches reads its batches in a loop on the host and cannot run under jit, vmap or "
                 "grad; call it outside, or give one batch"
             )
@@ -304,6 +316,13 @@ def prepare(kind: str, loss: Any, params: PyTree, batch: PyTree, has_aux: bool =
         )
     if not callable(loss):
         raise TypeError(f"a loss is a function loss(params, batch), got {_describe(loss)}")
+    try:
+        hash(loss)
+    except TypeError:
+        raise TypeError(
+            f"the loss, a {type(loss).__name__}, has no hash, and is compiled for its identity; give a function or a "
+            f"frozen dataclass, and put arrays into the parameters or the batch"
+        ) from None
     if has_aux:
         loss = Objective(_First(loss.predict), loss.criterion) if isinstance(loss, Objective) else _First(loss)
     params = _differentiable(params)

@@ -166,7 +166,7 @@ def broadening(
     low = min(float((s.nodes - s.residuals).min()) for s in spectra)
     high = max(float((s.nodes + s.residuals).max()) for s in spectra)
     size = max(abs(low), abs(high))
-    if high - low <= 1e-9 * size or size == 0:
+    if high - low <= 1e-9 * size or size == 0 or is_point(spectra):
         width = 1e-2 * (size or 1.0)
         low, high = low - width, high + width
     low, high = low - margin * (high - low), high + margin * (high - low)
@@ -176,6 +176,13 @@ def broadening(
     floor = 0.75 * (high - low) / max(num_points - 1 - 7.5, 0.5)
     sigma = max(sigma, floor)
     return low - 5 * sigma, high + 5 * sigma, sigma
+
+
+def is_point(spectra: list[Spectrum]) -> bool:
+    """Whether all nodes are one number but for rounding, as the residuals have it."""
+    nodes = np.concatenate([s.nodes for s in spectra])
+    rounding = max(float(s.residuals.max()) for s in spectra)
+    return rounding <= 1e-5 * np.abs(nodes).max() and np.ptp(nodes) <= 2 * rounding
 
 
 def spectrum(

@@ -248,3 +248,16 @@ def test_outliers_above_a_bulk_of_zeros():
 def test_count_outliers_refuses(values, options, message):
     with pytest.raises(ValueError, match=message):
         jh.count_outliers(values, **options)
+
+
+def test_one_point_is_no_distance_from_itself():
+    """Lanczos finds 2 up to rounding; normalised by the width of that rounding it would be as far as can be."""
+    spectra = [
+        jh.spectrum(lambda v: 2 * v, like=jnp.zeros(dim), key=jax.random.key(dim), num_steps=8) for dim in (50, 51, 400)
+    ]
+    for other in spectra[1:]:
+        assert jh.wasserstein(spectra[0], other, normalize=True) == 0
+        assert jh.jensen_shannon(spectra[0], other, normalize=True) < 1e-3
+        assert jh.kl_divergence(spectra[0], other) < 1e-3
+    far = jh.Spectrum([2.0], [1.0], 1), jh.Spectrum([2.0000002], [1.0], 1)
+    assert jh.jensen_shannon(*far, normalize=True) <= 1

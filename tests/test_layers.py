@@ -467,3 +467,49 @@ def test_middle_layers(count):
 def test_what_is_refused(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_what_is_scanned_beside_what_is_not_stays_one_layer():
+    params = {"net": {"stack": jnp.ones((3, 2, 2)), "head": jnp.ones((2, 2))}}
+
+    def loss(p, x):
+        x, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["net"]["stack"])
+        return jnp.sum(x @ p["net"]["head"])
+
+    assert jh.layer_names(params, loss, jnp.ones((1, 2))) == ["net"]
+
+
+@pytest.mark.parametrize("change", [lambda w: w.T, lambda w: w[::-1], lambda w: w @ w])
+def test_what_a_scan_makes_of_an_array_has_no_slices(change):
+    params = {"blocks": {"w": jnp.ones((3, 3))}}
+
+    def loss(p, x):
+        return jnp.sum(jax.lax.scan(lambda h, w: (jnp.tanh(h * w), None), x, change(p["blocks"]["w"]))[0])
+
+    assert jh.layer_names(params, loss, jnp.ones(3)) == ["blocks"]
+
+
+def test_scanned_layers_in_half_precision_have_slices():
+    params = {"blocks": {"w": jnp.ones((3, 2))}}
+
+    def loss(p, x):
+        w = p["blocks"]["w"].astype(jnp.bfloat16)
+        return jnp.sum(jax.lax.scan(lambda h, w: (jnp.tanh(h * w), None), x.astype(jnp.bfloat16), w)[0])
+
+    assert jh.layer_names(params, loss, jnp.ones(2)) == ["blocks[0]", "blocks[1]", "blocks[2]"]
+
+
+def test_layers_without_entries_are_none():
+    params = {"a": {"w": jnp.ones(2)}, "c": {"w": jnp.ones((0, 2))}}
+
+    def loss(p, x):
+        return jnp.sum(x * p["a"]["w"] ** 2) + jnp.sum(p["c"]["w"] @ x)
+
+    assert jh.layer_names(params) == ["a"] == jh.layer_names(params, loss, jnp.ones(2))
+    assert list(jh.layer_spectra(loss, params, jnp.ones(2), key=jax.random.key(0))) == ["a", "total"]
+
+
+def test_a_string_is_no_list_of_layers():
+    params = {"a": {"w": jnp.ones(2)}, "b": {"w": jnp.ones(2)}}
+    with pytest.raises(TypeError, match=r"write \['ab'\]"):
+        find_layers(params, "ab")

@@ -198,3 +198,13 @@ def test_an_objective_is_its_two_functions():
     same = jh.Objective(helpers.mlp, jh.CrossEntropy())
     assert same == p.objective and hash(same) == hash(p.objective)
     assert same != jh.Objective(helpers.mlp, jh.squared_error)
+
+
+def test_a_criterion_of_ones_own_in_half_precision():
+    def predict(params, batch):
+        return (batch["x"] @ params["w"]).astype(jnp.bfloat16)
+
+    objective = jh.Objective(predict, lambda outputs, batch: jnp.mean(jnp.sum(outputs.astype(jnp.float32) ** 2, -1)))
+    params, batch = {"w": jnp.ones((2, 3))}, {"x": jnp.eye(2)}
+    traces = jh.layer_traces(objective, params, batch, key=jax.random.key(0), num_probes=16, curvature="ggn")
+    assert traces["total"].mean == pytest.approx(6.0, rel=0.05)

@@ -513,3 +513,71 @@ def test_one_batch_is_read_ahead_and_no_more():
 
     jh.Batches(Reader()).fold(lambda mean, batch, share, number: Result(number))
     assert log == ["read 0", "read 1", "wait 0", "read 2", "wait 1", "read 3", "wait 2"]
+
+
+# ---- half and mixed precision, negated products over batches, many errors ----
+
+
+def test_linearized_products_of_half_precision():
+    p = problem("mlp")
+    half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), p.params)
+    hv = jh.hessian(p.objective, half, p.batch)
+    v = jax.tree.map(lambda x: x.astype(jnp.float32), half)
+    plain, linear = hv(v), jh.linearize(hv, like=half)(v)
+    np.testing.assert_allclose(helpers.ravel(linear), helpers.ravel(plain), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="does not match the parameters"):
+        jh.linearize(hv, like=half)({"fc1": v["fc1"]})
+
+
+def test_negated_products_over_batches():
+    p = problem("mlp")
+    hv = jh.hessian(p.objective, p.params, jh.Batches([p.batch, p.batch]))
+
+    def negative(v):
+        return jax.tree.map(jnp.negative, hv(v))
+
+    key = jax.random.key(0)
+    values, _, residuals = jh.top_eigenpairs(negative, like=p.params, key=key, k=2, num_steps=30)
+    whole = jh.hessian(p.objective, p.params, p.batch)
+    spectrum = jh.spectrum(whole, like=p.params, key=key, num_steps=30)
+    assert values[0] == pytest.approx(-spectrum.lambda_min, rel=1e-3) and residuals.max() < 1e-2
+    one, two = (jh.trace(f, like=p.params, key=key, num_probes=4).mean for f in (negative, whole))
+    assert one == pytest.approx(-two, rel=1e-4)
+
+
+def test_weights_as_sizes_of_batches():
+    batches = [{"x": jnp.ones(2), "w": jnp.array([0.2, 0.3])}, {"x": 3 * jnp.ones(1), "w": jnp.array([0.25])}]
+
+    def loss(p, batch):
+        return jnp.sum(batch["w"] * batch["x"] * p**2) / jnp.sum(batch["w"])
+
+    hv = jh.hessian(loss, jnp.float32(1.0), jh.Batches(batches, size=lambda batch: batch["w"].sum()))
+    np.testing.assert_allclose(hv(jnp.float32(1.0)), 2 * (0.5 * 1 + 0.25 * 3) / 0.75, rtol=1e-6)
+
+
+def test_loaders_that_start_only_once_are_refused():
+    class Once:
+        def __init__(self):
+            self.running = iter([jnp.ones(2)])
+
+        def __iter__(self):
+            return self.running
+
+    with pytest.raises(TypeError, match="only once"):
+        jh.Batches(Once())
+
+
+def test_complex_vectors_and_losses_without_hash_are_refused():
+    p = problem("mlp")
+    hv = jh.hessian(p.objective, p.params, p.batch)
+    with pytest.raises(TypeError, match="v is complex at"):
+        hv(jax.tree.map(lambda x: 1j * x, p.params))
+
+    class Loss:
+        __hash__ = None
+
+        def __call__(self, params, batch):
+            return jnp.sum(params**2)
+
+    with pytest.raises(TypeError, match="the loss, a Loss, has no hash"):
+        jh.hessian(Loss(), jnp.ones(2), None)

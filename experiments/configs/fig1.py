@@ -2,7 +2,7 @@
 
     python -m experiments.run fig1 model=lenet dataset=mnist
 
-About 4 minutes for LeNet on two CPU cores, half of it training. The paper finds as many outliers as classes in every
+Under 3 minutes for LeNet on one CPU core, one of them measuring. The paper finds as many outliers as classes in every
 layer. Expected: a bulk at zero and some outliers; the two curves of a layer of a ReLU net coincide, since f is affine
 in one layer's parameters, while for the whole net the Hessian has negative eigenvalues and G has none.
 ``curvatures=hessian,ggn,functional`` draws H_l too.
