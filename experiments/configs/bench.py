@@ -3,7 +3,7 @@
     python -m experiments.run bench model=lenet batch_size=64
     python -m experiments.run bench model=resnet18 batch_size=32 one_program=false peers=true
 
-About 3 minutes for LeNet on two CPU cores, most of it compiling. All rows are timed in turn in each of ``repeats``
+About 3 minutes for LeNet on two CPU cores with the peers. All rows are timed in turn in each of ``repeats``
 rounds, so that what slows the machine slows them all; the medians over rounds are printed, of ratios those within a
 round. With the package ``matfree`` installed its Lanczos runs beside ours, on the same compiled product. With
 ``peers=true`` PyHessian, curvlinops and plain PyTorch do the same work in the same rounds, in an environment of their
