@@ -2,9 +2,9 @@
 
     python -m experiments.run table4 model=lenet dataset=mnist
 
-Not yet timed on real data. All are timed in turn in each round, over so many
-steps that each f_r has its share of penalties; medians over rounds of the ratios within a round. Expected: a ratio that
-grows with n / f_r.
+With ``num_probes=1 repeats=2`` 6 minutes on two CPU cores. All are timed in turn in each round, over so many steps that
+each f_r has its share of penalties; medians over rounds of the ratios within a round. Expected: a ratio that grows with
+n / f_r.
 """
 
 from __future__ import annotations
