@@ -381,7 +381,8 @@ def test_a_signal_ends_the_command_with_its_status_and_whole_checkpoints(tmp_pat
     child.send_signal(number)
     error = child.communicate(timeout=300)[1]
     assert child.returncode == 128 + number, error
-    assert "interrupted; the same command goes on" in error and "Traceback" not in error
+    # A thread of Orbax's that was cut off may log a traceback of its own.
+    assert "interrupted; the same command goes on" in error and "KeyboardInterrupt" not in error
     (folder,) = out.iterdir()  # no half-written file beside it
     epochs = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
     kept = checkpoints.Checkpoints(folder, {})

@@ -316,7 +316,7 @@ def test_the_transforms_state_follows_its_definition(every, start, gamma, batche
     restored = data.draw(st.integers(0, len(batches) - 1), label="restored before step")
     with jax.enable_x64(True):
         state = jh.add_hessian_trace(quartic, gamma, every=every, start=start, key=KEY).init(PARAMS)
-        last, skipped, seed = np.nan, 0, 11
+        last, skipped, seed = 0.0, 0, 11
         for count, batch in enumerate(batches):
             if count == restored:  # into a transformation of another key: the probes are those of the saved one
                 state, seed = through_a_file(state), 99
