@@ -88,7 +88,7 @@ class Batches:
         The next batch is read while the device works on this one, and no further ahead: a loop that does not wait
         would put all of them on the device.
         """
-        total, mean = 0, None
+        total, mean = 0.0, None
         for number, (size, batch) in enumerate(self.weighted()):
             total += size
             following = step(mean, batch, size / total, number)
