@@ -14,6 +14,7 @@ import griffe
 from mkdocs.structure.files import File
 
 ROOT = pathlib.Path(__file__).parent.parent
+_ABOVE = r"\]\(\.\./(results/[^)]+)\)"
 
 
 def public_names() -> dict[str, list[str]]:
@@ -28,6 +29,7 @@ def public_names() -> dict[str, list[str]]:
 def on_files(files, config):
     """Adds the made pages, and the files outside docs/ that they show."""
     home, others = readme()
+    others += [path for page in (ROOT / "docs").glob("*.md") for path in re.findall(_ABOVE, page.read_text())]
     pages = {"index.md": home} | {f"notebooks/{path.stem}.md": notebook(path) for path in notebooks()}
     pages |= {f"api/{module}.md": api(module, names) for module, names in public_names().items()}
     for address, content in pages.items():
@@ -35,6 +37,11 @@ def on_files(files, config):
     for path in (*others, *(f"notebooks/{path.name}" for path in notebooks())):
         files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
     return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Links of the pages in docs/ to what lies beside docs/, as the site has it."""
+    return re.sub(_ABOVE, r"](\1)", markdown)
 
 
 def readme() -> tuple[str, list[str]]:

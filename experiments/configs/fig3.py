@@ -89,7 +89,8 @@ def draw(out_dir: pathlib.Path) -> None:
             print(f"  {'':19} closest: {dict(closest)}; a middle one in {inside} of {closest.total()}")
     title = (
         f"From each layer's Hessian spectrum to the whole net's: {config['images_per_class']} training images a "
-        f"class, {config['num_steps']} Lanczos steps; {config['trials']} trainings, {config['draws']} start vectors"
+        "class,\n"
+        f"{config['num_steps']} Lanczos steps; trainings: {config['trials']}, start vectors: {config['draws']}"
     )
     figure = plot.layer_distances({name: record["distances"] for name, record in numbers.items()}, title)
     plot.save(figure, out_dir / "figure.png")
