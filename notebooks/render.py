@@ -1,6 +1,6 @@
 """Runs the notebooks and keeps the figures of those cells whose metadata name one ("figure": NAME).
 
-    python -m notebooks.render                 all, about three minutes on two CPU cores
+    python -m notebooks.render                 all, some minutes on two CPU cores
     python -m notebooks.render tour paper      some
 
 The figures go to docs/figures; the notebooks themselves stay without outputs.
