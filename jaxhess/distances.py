@@ -36,7 +36,7 @@ def wasserstein(a: Spectrum, b: Spectrum, *, normalize: bool = False) -> float:
     if not normalize:
         return distance
     width = max(a.lambda_max, b.lambda_max) - min(a.lambda_min, b.lambda_min)
-    return 0.0 if is_point([a, b]) else distance / width
+    return 0.0 if width == 0 or is_point([a, b]) else distance / width
 
 
 def jensen_shannon(

@@ -261,3 +261,5 @@ def test_one_point_is_no_distance_from_itself():
         assert jh.kl_divergence(spectra[0], other) < 1e-3
     far = jh.Spectrum([2.0], [1.0], 1), jh.Spectrum([2.0000002], [1.0], 1)
     assert jh.jensen_shannon(*far, normalize=True) <= 1
+    one_step = jh.Spectrum([2.0], [1.0], 9, num_steps=1, residuals=[0.5])
+    assert jh.wasserstein(one_step, one_step, normalize=True) == 0

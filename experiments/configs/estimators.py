@@ -102,7 +102,7 @@ def _by_probes(config, loss, params, batch, exact, key):
         numbers[name] = {"gradients": _seconds(lambda way=way: way("rademacher")) / config.probes / second}
         for probe in PROBES:
             deviations = {layer: float(e.std_error) * config.probes**0.5 for layer, e in way(probe).items()}
-            if name == LAYERWISE:  # whose probes are independent
+            if name == LAYERWISE:  # as of independent probes
                 deviations["total"] = float(np.linalg.norm(list(deviations.values())))
             numbers[name][probe] = {layer: deviations[layer] / exact[layer].trace for layer in exact}
     return numbers
