@@ -30,6 +30,8 @@ class Config(TrainConfig):
       examples: training images, as many of each class; 0 for all.
       images_per_class: training images of each class that the curvature is measured on.
       norm_layers: whether normalisation layers are shown too. The paper shows convolutions and dense layers.
+      method: how the Hessian's spectra are found: "lanczos", or "auto": exactly, through the Gram matrix, for layers
+        in which the Hessian is the Gauss-Newton matrix, and by Lanczos for others and for the whole net.
     """
 
     epochs: int = 10
@@ -38,6 +40,7 @@ class Config(TrainConfig):
     examples: int = 0
     images_per_class: int = 10
     norm_layers: bool = False
+    method: str = "lanczos"
 
 
 def load(config: Config, name: str, data_dir: str | None) -> Dataset:
@@ -92,7 +95,7 @@ class Curvature:
         self._config, self._model, self._dataset = config, model, dataset
 
     def __repr__(self) -> str:
-        fields = ("interval", "num_steps", "num_probes", "images_per_class", "norm_layers")
+        fields = ("interval", "method", "num_steps", "num_probes", "images_per_class", "norm_layers")
         return f"Curvature({', '.join(f'{name}={getattr(self._config, name)}' for name in fields)})"
 
     def __call__(self, epoch: int, params: PyTree, batch_stats: PyTree) -> dict[str, float]:
@@ -109,6 +112,8 @@ class Curvature:
             key=jax.random.fold_in(jax.random.key(config.seed), epoch),
             num_probes=config.num_probes,
             num_steps=config.num_steps,
+            method=config.method,
+            max_bytes=measure.GRAM_BYTES,
             layers=layers,
         )
         found = {layer: (record.trace.mean, record.lambda_max, record.trace_norm2) for layer, record in table.items()}
@@ -135,6 +140,7 @@ class OverTraining(Config):
     dataset: tuple[str, ...] = ("mnist",)
     trials: int = 1
     interval: int = 1
+    method: str = "auto"
     num_steps: int = 32
     num_probes: int = 16
 

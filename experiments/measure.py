@@ -17,7 +17,6 @@ from experiments.data import Dataset, per_class
 from experiments.train import objective
 
 PyTree = Any
-GRAM_ROWS = 2000
 GRAM_BYTES = 4 * 2**30  # of rows that are held: a gradient each, 37 GB for 1,000 of VGG11
 _FIELDS = ("nodes", "weights", "residuals", "dim", "num_steps")
 
@@ -37,13 +36,14 @@ def spectra(
     num_steps: int = 128,
     num_draws: int = 1,
     curvatures: tuple[str, ...] = ("hessian", "ggn"),
+    method: str = "lanczos",
     layers: Sequence[str] | None = None,
     progress: bool = True,
 ) -> dict[str, dict[str, jh.Spectrum]]:
     """Spectra of every layer and of the whole net, for several curvatures.
 
-    That of the GGN is exact, from its Gram matrix, where this has no more than `GRAM_ROWS` rows. Those by Lanczos all
-    start from the same vectors, so that where two curvatures agree their spectra do.
+    That of the GGN is exact, from its Gram matrix, where this is not too large. Those by Lanczos all start from the
+    same vectors, so that where two curvatures agree their spectra do.
 
     Args:
       model: a net of `experiments.models`.
@@ -53,13 +53,14 @@ def spectra(
       num_steps: Lanczos steps of each draw.
       num_draws: start vectors of each spectrum; the weights of one draw are random by themselves.
       curvatures: of "hessian", "ggn" and "functional".
+      method: of the spectra of the Hessian, "lanczos" or "auto", as for `jaxhess.layer_spectra`.
       layers: names of the layers that are wanted; all by default.
       progress: whether to show progress bars.
 
     Returns:
       {curvature: {layer: `jaxhess.Spectrum`, ..., "total": ...}}.
     """
-    found, rows = {}, jax.eval_shape(objective(model).predict, params, batch).size
+    found = {}
     for curvature in curvatures:
         with progress_bar(f"spectra, {curvature}", progress) as report:
             found[curvature] = jh.layer_spectra(
@@ -70,7 +71,7 @@ def spectra(
                 num_steps=num_steps,
                 num_draws=num_draws,
                 curvature=curvature,
-                method="gram" if curvature == "ggn" and rows <= GRAM_ROWS else "lanczos",
+                method="auto" if curvature == "ggn" else method,
                 layers=layers,
                 max_bytes=GRAM_BYTES,
                 progress=report,

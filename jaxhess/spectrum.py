@@ -13,13 +13,15 @@ import optax
 import scipy.special
 
 from jaxhess.batches import Batches
-from jaxhess.lanczos import dimension, lanczos, ritz
-from jaxhess.layers import find_layers, layer_names
+from jaxhess.lanczos import dimension, lanczos, ritz, tree_norm
+from jaxhess.layers import Layer, find_layers, layer_names
 from jaxhess.operators import _operator, linearize, prepare
-from jaxhess.structure import gram_eigenvalues
+from jaxhess.structure import gram_eigenvalues, gram_rows, rounding
 from jaxhess.trace import check_count, check_key, check_known, random_like
 
 PyTree = Any
+_GRAM_ROWS = 2000
+_CHECK = 2**31 - 2  # folded into the key for the vectors that tell where H_l vanishes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -287,10 +289,13 @@ def layer_spectra(
       key: a JAX random key.
       num_steps, num_draws, reorthogonalize: as for `spectrum`.
       curvature: "hessian", "ggn" or "functional".
-      method: "lanczos", or for the GGN "gram": exact, from the Gram matrix (see `ggn_eigenvalues`).
+      method: "lanczos"; for the GGN "gram": exact, from the Gram matrix (see `ggn_eigenvalues`); or "auto": the Gram
+        matrix wherever it gives the spectrum and has at most 2,000 rows (examples times outputs), else Lanczos. Of the
+        Hessian it gives that of every layer in which H_l vanishes, as in piecewise linear nets, so that Hess_l = G_l;
+        a product of H_l with a random vector, at most 1e-5 as long as that of G_l, tells.
       layers: names of the layers that are wanted; all by default. A layer has the same spectrum either way.
       max_bytes: for "gram", as for `ggn_eigenvalues`.
-      progress: ``progress(done, total)`` in Lanczos steps over all layers.
+      progress: ``progress(done, total)`` in Lanczos steps over all layers, and before them as of `ggn_eigenvalues`.
 
     Returns:
       {layer: Spectrum} in network order, and "total" for the whole net.
@@ -312,28 +317,38 @@ def layer_spectra(
     check_key(key)
     check_count("num_steps", num_steps)
     check_count("num_draws", num_draws)
-    if method not in ("lanczos", "gram"):
-        raise ValueError(f"unknown method {method!r}; choose from ['gram', 'lanczos']")
+    if method not in ("lanczos", "gram", "auto"):
+        raise ValueError(f"unknown method {method!r}; choose from ['auto', 'gram', 'lanczos']")
     if method == "gram" and curvature != "ggn":
-        raise ValueError(f"the Gram matrix gives the spectrum of the GGN only, not of {curvature!r}; use 'lanczos'")
+        raise ValueError(
+            f"the Gram matrix gives the spectrum of the GGN only, not of {curvature!r}; use 'lanczos', or 'auto' for "
+            f"layers in which both agree"
+        )
     loss, params = prepare(curvature, objective, params, batch, has_aux)
     every = find_layers(params, layer_names(params, loss, batch))
     chosen = {layer.name for layer in (every if layers is None else find_layers(params, layers))}
-    wanted = {i: layer for i, layer in enumerate(every) if layer.name in chosen}
-    if method == "gram":
+    parts: dict[str, tuple[int, Layer | None]] = {}
+    parts |= {layer.name: (i, layer) for i, layer in enumerate(every) if layer.name in chosen}
+    parts["total"] = (len(every), None)
+    dims = {name: dimension(params if layer is None else layer.arrays(params)) for name, (_, layer) in parts.items()}
+    exact = set(parts) if method == "gram" else set()
+    if method == "auto" and 0 < gram_rows(loss, params, batch) <= _GRAM_ROWS:
+        exact = _equal_to_ggn(curvature, loss, params, batch, parts, key)
+    spectra: dict[str, Spectrum] = {}
+    if exact:
         values = gram_eigenvalues(loss, params, batch, every, max_bytes=max_bytes, progress=progress)
-        sizes = {layer.name: dimension(layer.arrays(params)) for layer in wanted.values()}
-        sizes["total"] = dimension(params)
-        return {name: Spectrum.from_eigenvalues(values[name], size) for name, size in sizes.items()}
+        spectra = {name: Spectrum.from_eigenvalues(values[name], dims[name]) for name in parts if name in exact}
+    if exact == set(parts):
+        return spectra
 
     product = _operator(curvature, loss, params, batch, None, False)
     if not isinstance(batch, Batches):
         product = linearize(product, like=params)
-    dims = [dimension(layer.arrays(params)) for layer in wanted.values()] + [dimension(params)]
-    counts = [_count_steps(dim, num_steps, num_draws, reorthogonalize) for dim in dims]
-    total, before, spectra = sum(counts), 0, {}
-    for (i, layer), steps in zip([*wanted.items(), (len(every), None)], counts, strict=True):
-        spectra["total" if layer is None else layer.name] = spectrum(
+    left = {name: part for name, part in parts.items() if name not in exact}
+    counts = {name: _count_steps(dims[name], num_steps, num_draws, reorthogonalize) for name in left}
+    total, before = sum(counts.values()), 0
+    for name, (i, layer) in left.items():
+        spectra[name] = spectrum(
             product if layer is None else _block(product, layer, params),
             like=params if layer is None else layer.take(params),
             key=jax.random.fold_in(key, i),
@@ -342,8 +357,24 @@ def layer_spectra(
             reorthogonalize=reorthogonalize,
             progress=None if progress is None else partial(_report, progress, before, total),
         )
-        before += steps
-    return spectra
+        before += counts[name]
+    return {name: spectra[name] for name in parts}
+
+
+def _equal_to_ggn(curvature, loss, params, batch, parts, key):
+    """The names of those parts whose curvature is that of the GGN."""
+    if curvature != "hessian":
+        return set(parts) if curvature == "ggn" else set()
+    kinds = ("functional", "ggn")
+    products = [linearize(_operator(kind, loss, params, batch, None, False), like=params) for kind in kinds]
+    tolerance, found = min(1e-5, 100 * rounding(params)), set()
+    for name, (i, layer) in parts.items():
+        if layer is not None:
+            v = random_like(jax.random.fold_in(jax.random.fold_in(key, _CHECK), i), layer.take(params))
+            rest, ggn_part = (float(tree_norm(_block(product, layer, params)(v))) for product in products)
+            if rest <= tolerance * ggn_part:
+                found.add(name)
+    return found
 
 
 def _block(product, layer, params):

@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 
 from jaxhess.batches import Batches
 from jaxhess.layers import Layer, find_layers, layer_names
-from jaxhess.objective import CrossEntropy, Objective, check_factor, output_factor_product
+from jaxhess.objective import CrossEntropy, NoFactorError, Objective, check_factor, output_factor_product
 from jaxhess.operators import prepare
 from jaxhess.trace import check_known, random_like
 
@@ -86,7 +86,19 @@ def gram_eigenvalues(
     grams = _gram_matrices(loss, params, batch, layers, max_bytes, progress)
     if only_total:
         grams = {"total": grams["total"]}
-    return {name: _nonzero(gram, 10 * _eps(params)) for name, gram in grams.items()}
+    return {name: _nonzero(gram, 10 * rounding(params)) for name, gram in grams.items()}
+
+
+def gram_rows(loss: Callable, params: PyTree, batch: PyTree) -> int:
+    """The rows of the Gram matrix of G; 0 where there is none: a plain loss, `Batches`, no factor of the criterion."""
+    if isinstance(batch, Batches) or not isinstance(loss, Objective):
+        return 0
+    outputs = _outputs(loss, params, batch)
+    try:
+        check_factor(loss.criterion, outputs, batch)
+    except NoFactorError:
+        return 0
+    return outputs.size
 
 
 class ClassStructure(NamedTuple):
@@ -227,7 +239,7 @@ def class_structures(loss, params, batch, num_classes, layers, weighting, max_by
     grams = _gram_matrices(loss, params, batch, layers, max_bytes, progress)
     weights = (np.ones_like(probabilities) if weighting == "legacy_sqrt_p" else probabilities) / len(labels)
     wanted = ["total"] if only_total else grams
-    return {name: _class_structure(grams[name], weights, labels, _eps(params)) for name in wanted}
+    return {name: _class_structure(grams[name], weights, labels, rounding(params)) for name in wanted}
 
 
 def _class_structure(gram, weights, labels, eps):
@@ -343,7 +355,7 @@ def _to_host(x):
     return np.asarray(x)
 
 
-def _eps(params):
+def rounding(params: PyTree) -> float:
     """Rounding of the coarsest type on the way."""
     return max(float(jnp.finfo(jnp.result_type(x)).eps) for x in jax.tree.leaves(params))
 

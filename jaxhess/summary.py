@@ -139,7 +139,9 @@ def summarize(
     key: jax.Array,
     num_probes: int = 64,
     num_steps: int = 64,
+    method: str = "lanczos",
     layers: Sequence[str] | None = None,
+    max_bytes: int = 2**30,
     progress: Callable[[int, int], None] | None = None,
     has_aux: bool = False,
 ) -> Summary:
@@ -152,8 +154,9 @@ def summarize(
       num_probes: probes of each trace.
       num_steps: Lanczos steps of each spectrum. The residuals beside lambda_max and lambda_min say whether they
         were enough.
+      method: of the spectra: "lanczos" or "auto", as for `layer_spectra`.
       layers: names of the layers that are wanted; all by default.
-      progress: as for `layer_spectra`.
+      max_bytes, progress: as for `layer_spectra`.
 
     Returns:
       `Summary`: a mapping of `Record` that prints as a table, "total" last.
@@ -179,7 +182,17 @@ def summarize(
     if isinstance(loss, Objective):
         with contextlib.suppress(NoFactorError):  # a criterion that is not convex: no column Tr G
             ggn_traces = layer_traces(loss, params, batch, key=ggn_key, num_probes=num_probes, curvature="ggn")
-    spectra = layer_spectra(loss, params, batch, key=key, num_steps=num_steps, layers=layers, progress=progress)
+    spectra = layer_spectra(
+        loss,
+        params,
+        batch,
+        key=key,
+        num_steps=num_steps,
+        method=method,
+        layers=layers,
+        max_bytes=max_bytes,
+        progress=progress,
+    )
 
     records = {}
     for name, spec in spectra.items():

@@ -96,8 +96,9 @@ def test_curvature_over_training(out, capsys, name):
     assert len(list(out.glob("fig[456]/net-*.npz"))) == 2
 
 
-def test_what_is_recorded_over_training_is_the_summary(out):
-    config = figures.OverTraining(num_steps=5, num_probes=3, images_per_class=1, epochs=4, interval=3)
+@pytest.mark.parametrize("method", ["auto", "lanczos"])
+def test_what_is_recorded_over_training_is_the_summary(method):
+    config = figures.OverTraining(method=method, num_steps=5, num_probes=3, images_per_class=1, epochs=4, interval=3)
     digits, model = data.load("digits"), models.build("mlp", 10)
     params = model.init(jax.random.key(0), digits.batch(digits.test)["image"])["params"]
     callback = figures.Curvature(config, model, digits)
@@ -109,6 +110,7 @@ def test_what_is_recorded_over_training_is_the_summary(out):
         key=jax.random.fold_in(jax.random.key(0), 3),
         num_probes=3,
         num_steps=5,
+        method=method,
     )
     for layer, record in table.items():
         assert found[f"trace/{layer}"] == pytest.approx(float(record.trace.mean), rel=1e-4)

@@ -1,6 +1,7 @@
 """Spectra: measures and their densities, from eigenvalues and from Lanczos; every layer's."""
 
 import functools
+import sys
 
 import helpers
 import jax
@@ -288,6 +289,60 @@ def test_the_gram_matrix_gives_the_exact_spectrum(layer):
     np.testing.assert_allclose(all_nodes, exact, atol=1e-6)
 
 
+@functools.cache
+def partly_linear():
+    """fc1 and fc2 of a ReLU net, in each of which H_l is zero, and a scale that is an exponential, where it is not."""
+
+    def net(params, batch):
+        hidden = jax.nn.relu(helpers.affine(params["fc1"], batch["x"]))
+        return jnp.exp(params["scale"]["s"])[None] * helpers.affine(params["fc2"], hidden)
+
+    params = helpers.dense_layers((4, 5, 3)) | {"scale": {"s": helpers.normal(1, 3)}}
+    batch = {"x": helpers.normal(2, 6, 4), "label": helpers.labels(3, 3, 6)}
+    return helpers.Problem(jh.Objective(net, jh.cross_entropy), params, batch)
+
+
+@pytest.mark.parametrize("layer", ["fc1", "fc2", "scale", "total"])
+def test_the_hessian_of_layers_without_functional_part_comes_from_the_gram_matrix(layer):
+    p = partly_linear()
+    auto = jh.layer_spectra(p.objective, p.params, p.batch, key=jax.random.key(0), method="auto")
+    exact = np.linalg.eigvalsh(helpers.dense(p, "hessian", None if layer == "total" else layer))
+    spec = auto[layer]
+    assert list(auto) == ["fc1", "fc2", "scale", "total"]
+    assert (layer in ("fc1", "fc2")) == (not spec.residuals.any())
+    zeros = round(spec.weights[spec.nodes == 0].sum() * spec.dim)
+    nodes = np.sort(np.append(np.zeros(zeros), spec.nodes[spec.nodes != 0]))
+    np.testing.assert_allclose(nodes, exact, atol=2e-6)
+
+
+@pytest.mark.parametrize("curvature", KINDS)
+def test_auto_is_lanczos_where_nothing_vanishes_and_gram_for_the_ggn(curvature):
+    """In the last layer, fc2, of the Hessian too: the outputs are linear in it."""
+    spectra = spectra_of_mlp(curvature, "auto")
+    for layer in ("fc1", "fc2", "total"):
+        by_gram = curvature == "ggn" or (curvature == "hessian" and layer == "fc2")
+        same = spectra_of_mlp("ggn", "gram") if by_gram else spectra_of_mlp(curvature)
+        np.testing.assert_array_equal(spectra[layer].nodes, same[layer].nodes)
+
+
+@pytest.mark.parametrize("name", ["plain", "batches", "concave", "large"])
+def test_auto_is_lanczos_without_a_small_gram_matrix(name, monkeypatch):
+    p = partly_linear()
+    objective, batch = p.objective, p.batch
+    if name == "plain":
+        objective = jax.jit(p.objective)
+    elif name == "batches":
+        batch = jh.Batches([batch, batch])
+    elif name == "concave":
+        objective = jh.Objective(p.objective.predict, lambda outputs, batch: -jnp.mean(outputs**2))
+    else:
+        monkeypatch.setattr(sys.modules[jh.Spectrum.__module__], "_GRAM_ROWS", 17)
+    options = dict(key=jax.random.key(0), num_steps=4)
+    auto, lanczos = (jh.layer_spectra(objective, p.params, batch, method=m, **options) for m in ("auto", "lanczos"))
+    for layer, spec in lanczos.items():
+        np.testing.assert_array_equal(auto[layer].nodes, spec.nodes)
+
+
 def test_interlacing():
     for curvature in KINDS:
         spectra = spectra_of_mlp(curvature)
@@ -354,7 +409,7 @@ def test_progress_over_all_layers(num_steps):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"method": "power"}, ValueError, "'power'.*gram.*lanczos"),
+        ({"method": "power"}, ValueError, "'power'.*auto.*gram.*lanczos"),
         ({"method": "gram"}, ValueError, "GGN only.*'hessian'.*lanczos"),
         ({"curvature": "fisher"}, ValueError, "'fisher'"),
         ({"num_steps": 0}, ValueError, "num_steps"),

@@ -60,6 +60,7 @@ def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> N
                         key=jax.random.fold_in(jax.random.key(seeded.seed), draw_number),
                         num_steps=config.num_steps,
                         curvatures=("hessian",),
+                        method=config.method,
                         layers=figures.shown(config, model, trained.params, batch),
                     )["hessian"]
                     arrays |= measure.pack(found, f"{name}/{trial}/{draw_number}")
