@@ -81,6 +81,12 @@ def about(config: Mapping[str, Any], model: str, dataset: str) -> str:
     return f"{net_words} on {data_words}" + (f" ({config['examples']:,} images)" if config["examples"] else "")
 
 
+def how(config: Mapping[str, Any]) -> str:
+    """How the Hessian's spectra were found, in words."""
+    steps = f"{config['num_steps']} Lanczos steps"
+    return steps if config.get("method", "lanczos") == "lanczos" else f"layers exact, whole Hessian by {steps}"
+
+
 # ---- curvature over training ----
 
 

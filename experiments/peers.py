@@ -195,15 +195,17 @@ def make_rows(name: str, batch_size: int, num_steps: int) -> dict[str, Callable[
         for row, kind in operators.items()
     }
     vector = torch.randn(sum(p.numel() for p in params))
-    return {
+    rows = {
         GRADIENT: gradient,
         PRODUCT: lambda: hessian_vector_product(stored.gradsH, stored.params, signs(params)),
         HVP: lambda: operators[HVP] @ vector,
         GGN: lambda: operators[GGN] @ vector,
         TRACES: layer_traces,
         PENALTY: penalty,
-        LANCZOS.format(num_steps): lambda: stored.density(iter=num_steps, n_v=1),
     }
+    if num_steps:
+        rows[LANCZOS.format(num_steps)] = lambda: stored.density(iter=num_steps, n_v=1)
+    return rows
 
 
 def _seconds(function):

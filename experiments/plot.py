@@ -63,8 +63,7 @@ def log_densities(spectra: Mapping[str, Mapping[str, jh.Spectrum]], title: str) 
       The figure.
     """
     layers = list(next(iter(spectra.values())))
-    columns = min(3, len(layers))
-    figure, axes = _panels(-(-len(layers) // columns), columns, title)
+    figure, axes = _grid(len(layers), title)
     for axis, layer in zip(axes, layers, strict=False):
         floor, top = np.inf, -np.inf
         for kind, color, dash in zip(spectra, COLORS, DASHES, strict=False):
@@ -77,8 +76,6 @@ def log_densities(spectra: Mapping[str, Mapping[str, jh.Spectrum]], title: str) 
             top = max(top, log_density.max())
         axis.set_ylim(floor, top + 0.5)
         axis.set_title("full" if layer == "total" else layer, **_STYLE)
-    for axis in axes[len(layers) :]:
-        axis.set_visible(False)
     figure.supxlabel("eigenvalue", **_STYLE)
     figure.supylabel(r"$\log_{10}$ density", **_STYLE)
     axes[0].legend(fontsize=7, frameon=False)
@@ -207,16 +204,20 @@ def layers_over_epochs(
     Returns:
       The figure.
     """
-    figure, axes = _panels(1, len(panels), title, height=3.2)
-    for axis, (name, (epochs, layers)) in zip(axes, panels.items(), strict=True):
+    columns = min(2, len(panels))
+    figure, axes = _panels(-(-len(panels) // columns), columns, title, height=2.6)
+    for axis, (name, (epochs, layers)) in zip(axes, panels.items(), strict=False):
         shades = colormaps["viridis"](np.linspace(0, 0.9, len(layers) - 1))
         for (layer, trials), color in zip(layers.items(), [*shades, "black"], strict=True):
             words = "full" if layer == "total" else layer
             _band(axis, epochs, trials, color=color, label=words, linestyle=DASHES[layer == "total"])
         axis.set_yscale("log")
         axis.set_title(name, **_STYLE)
-        axis.legend(fontsize=6, frameon=False, ncols=2 if len(layers) > 8 else 1)
-    axes[0].set_ylabel(r"$\lambda_{\max}$", **_STYLE)
+        where = dict(loc="center left", bbox_to_anchor=(1, 0.5))
+        axis.legend(fontsize=5 if len(layers) > 12 else 6, frameon=False, labelspacing=0.2, handlelength=1.2, **where)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    figure.supylabel(r"$\lambda_{\max}$", **_STYLE)
     figure.supxlabel("epoch", **_STYLE)
     return figure
 
@@ -233,8 +234,7 @@ def clusters(panels: Mapping[str, tuple[np.ndarray, float]], classes: int, title
     Returns:
       The figure.
     """
-    columns = min(3, len(panels))
-    figure, axes = _panels(-(-len(panels) // columns), columns, title, height=2.2)
+    figure, axes = _grid(len(panels), title, height=2.2)
     colors = colormaps["tab10" if classes <= 10 else "gist_rainbow"](np.linspace(0, 1, classes))
     labels = np.repeat(np.arange(classes), classes - 1)
     for axis, (layer, (points, silhouette)) in zip(axes, panels.items(), strict=False):
@@ -244,8 +244,6 @@ def clusters(panels: Mapping[str, tuple[np.ndarray, float]], classes: int, title
         axis.set_yticks([])
         axis.spines[:].set_visible(True)
         axis.set_title(f"{'full' if layer == 'total' else layer} (silhouette {silhouette:.2f})", **_STYLE)
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
     return figure
 
 
@@ -334,6 +332,18 @@ def _band(axis, x, trials, **style):
     mean, deviation = trials.mean(0), trials.std(0, ddof=len(trials) > 1)
     axis.plot(x, mean, linewidth=1.2, **style)
     axis.fill_between(x, mean - deviation, mean + deviation, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def _grid(count, title, height=1.9):
+    """So many panels, smaller ones where there are many, that all stand on one page."""
+    columns = min(3 if count <= 12 else 5 if count <= 25 else 7, count)
+    figure, axes = _panels(-(-count // columns), columns, title, height=height * min(1, (3 / columns) ** 0.7))
+    for axis in axes:
+        axis.tick_params(which="both", labelsize=max(4.5, 8 - 0.6 * columns))
+        axis.locator_params(nbins=4 if columns == 3 else 3)
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    return figure, axes[:count]
 
 
 def _panels(rows, columns, title, height=1.9):

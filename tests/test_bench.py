@@ -43,6 +43,11 @@ def test_from_end_to_end_beside_peers(tmp_path, stand_in, capsys):
     assert "f_r = 200" in printed and "PyHessian: 2 Lanczos steps, 4 times" in printed
 
 
+def test_rows_without_lanczos():
+    rows = bench.make_rows(bench.Config(model="mlp", batch_size=2, lanczos=False))
+    assert len(rows) == 15 and not any("Lanczos" in row or row == bench.LAYERS for row in rows)
+
+
 def test_ratios_are_within_rounds_and_by_probe():
     rows = {
         "one": {"seconds": [2.0, 40.0, None], "per": 1},

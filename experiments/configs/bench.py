@@ -46,6 +46,7 @@ class Config:
       num_probes: probes at once, for the traces.
       num_steps: Lanczos steps.
       penalty_probes: n of the penalty in the training steps.
+      lanczos: also Lanczos and the spectra through the Gram matrix, which for large nets take most of the time.
       one_program: also Lanczos inside one program, ours and matfree's where it is installed; on CPUs convolutions
         are slow there.
       peers: also the work of the peers in PyTorch.
@@ -59,6 +60,7 @@ class Config:
     num_probes: int = 8
     num_steps: int = 100
     penalty_probes: int = 3
+    lanczos: bool = True
     one_program: bool = True
     peers: bool = False
     peers_python: str = ""
@@ -80,7 +82,7 @@ def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> N
         }
         if config.peers:
             python = config.peers_python or peers.environment(out_dir.parent / ".peers")
-            others = peers.Peers(python, config.model, config.batch_size, config.num_steps)
+            others = peers.Peers(python, config.model, config.batch_size, config.num_steps * config.lanczos)
             stack.callback(others.close)
             timers |= {
                 name: tuple(partial(others.ask, what, name) for what in ("time", "memory")) for name in others.names
@@ -228,12 +230,12 @@ def make_rows(config: Config) -> dict[str, tuple[Callable, int]]:
         rows[TRACES.format(words, f"a probe of {probes}")] = (partial(traces, curvature, probes), probes)
     for words, penalty in penalties.items():
         rows[PENALTY.format(words)] = (partial(penalty, params, batch), 1)
-    rows |= {
-        LANCZOS.format(steps): (lambda: jh.lanczos(linear, start, steps), 1),
-        f"{LANCZOS.format(steps)}, three vectors": (lambda: jh.lanczos(linear, start, steps, reorthogonalize=False), 1),
-        LAYERS: (gram, 1),
-    }
-    if config.one_program:
+    if config.lanczos:
+        rows[LANCZOS.format(steps)] = (lambda: jh.lanczos(linear, start, steps), 1)
+        short = partial(jh.lanczos, linear, start, steps, reorthogonalize=False)
+        rows[f"{LANCZOS.format(steps)}, three vectors"] = (short, 1)
+        rows[LAYERS] = (gram, 1)
+    if config.lanczos and config.one_program:
         rows[f"{LANCZOS.format(steps)}, one program"] = (_inside_jit(linear, start, steps), 1)
         if importlib.util.find_spec("matfree"):
             rows[MATFREE.format(steps)] = (_matfree_lanczos(linear, start, steps), 1)

@@ -98,7 +98,7 @@ def draw(out_dir: pathlib.Path) -> None:
     arrays = results.load_arrays(out_dir / "numbers.npz")
     title = (
         f"{figures.about(config, config['model'], config['dataset'])}: "
-        f"spectra at {numbers['images']} training images, {config['num_steps']} Lanczos steps; "
+        f"spectra at {numbers['images']} training images, {figures.how(config)}; "
         f"test accuracy {numbers['test_accuracy']:.1%}"
     )
     figure = plot.log_densities({kind: measure.unpack(arrays, kind) for kind in config["curvatures"]}, title)

@@ -91,7 +91,7 @@ def draw(out_dir: pathlib.Path) -> None:
     title = (
         f"From each layer's Hessian spectrum to the whole net's: {config['images_per_class']} training images a "
         "class,\n"
-        f"{config['num_steps']} Lanczos steps; trainings: {config['trials']}, start vectors: {config['draws']}"
+        f"{figures.how(config)}; trainings: {config['trials']}, start vectors: {config['draws']}"
     )
     figure = plot.layer_distances({name: record["distances"] for name, record in numbers.items()}, title)
     plot.save(figure, out_dir / "figure.png")
