@@ -84,6 +84,25 @@ def test_haiku():
     assert "batch_norm" in printed and "total" in printed
 
 
+def test_flax_linen():
+    names, printed = run("flax_linen")
+    params, statistics = names["variables"]["params"], names["variables"]["batch_stats"]["norm"]
+    names["params"], names["batch"] = params, names["measured"]
+
+    def predict(p, batch):
+        x = batch["x"] @ p["fc1"]["kernel"] + p["fc1"]["bias"][None]
+        x = (x - statistics["mean"][None]) / jnp.sqrt(statistics["var"][None] + 1e-5)
+        x = jnp.tanh(x * p["norm"]["scale"][None] + p["norm"]["bias"][None])
+        return x @ p["fc2"]["kernel"] + p["fc2"]["bias"][None]
+
+    assert_same_penalty(names, jh.Objective(predict, jh.cross_entropy), params, dict)
+    table, penalty = printed.rsplit("\n", 2)[:2]
+    assert [line.split()[0] for line in table.splitlines()[2:5]] == ["fc1", "norm", "fc2"]
+    state = names["state"]
+    assert state.step == state.opt_state[0].count == 4 and float(penalty) > 0
+    assert not np.array_equal(state.batch_stats["norm"]["mean"], statistics["mean"])
+
+
 def test_flax_nnx():
     names, printed = run("flax_nnx")
     params, rest = names["params"], names["rest"]
@@ -132,5 +151,5 @@ def test_it_runs(name):
 
 
 def test_every_recipe_is_tested_and_listed():
-    tested = {"equinox", "haiku", "flax_nnx", "transformer", "vit", "frozen", "accumulation"}
+    tested = {"equinox", "haiku", "flax_linen", "flax_nnx", "transformer", "vit", "frozen", "accumulation"}
     assert set(RECIPES) == tested
