@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -141,6 +142,7 @@ def summarize(
     num_steps: int = 64,
     method: str = "lanczos",
     layers: Sequence[str] | None = None,
+    chunk_size: int = 8,
     max_bytes: int = 2**30,
     progress: Callable[[int, int], None] | None = None,
     has_aux: bool = False,
@@ -156,6 +158,7 @@ def summarize(
         were enough.
       method: of the spectra: "lanczos" or "auto", as for `layer_spectra`.
       layers: names of the layers that are wanted; all by default.
+      chunk_size: probes at a time, as for `layer_traces`; fewer need less memory.
       max_bytes, progress: as for `layer_spectra`.
 
     Returns:
@@ -177,11 +180,12 @@ def summarize(
     check_key(key)
     loss, params = prepare("hessian", objective, params, batch, has_aux)
     trace_key, ggn_key = jax.random.split(jax.random.fold_in(key, 2**31 - 1))
-    traces = layer_traces(loss, params, batch, key=trace_key, num_probes=num_probes)
+    estimate = partial(layer_traces, loss, params, batch, num_probes=num_probes, chunk_size=chunk_size)
+    traces = estimate(key=trace_key)
     ggn_traces: dict[str, Estimate] = {}
     if isinstance(loss, Objective):
         with contextlib.suppress(NoFactorError):  # a criterion that is not convex: no column Tr G
-            ggn_traces = layer_traces(loss, params, batch, key=ggn_key, num_probes=num_probes, curvature="ggn")
+            ggn_traces = estimate(key=ggn_key, curvature="ggn")
     spectra = layer_spectra(
         loss,
         params,

@@ -30,6 +30,7 @@ class Config(figures.Config):
       dataset: name of the data set.
       num_steps: Lanczos steps of each spectrum.
       num_probes: probes of each trace.
+      chunk_size: probes at a time; for large nets fewer, whose activations fit in memory.
       curvatures: spectra to draw, of "hessian", "ggn" and "functional".
     """
 
@@ -37,6 +38,7 @@ class Config(figures.Config):
     dataset: str = "mnist"
     num_steps: int = 128
     num_probes: int = 64
+    chunk_size: int = 8
     curvatures: tuple[str, ...] = ("hessian", "ggn")
 
 
@@ -57,6 +59,7 @@ def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> N
             batch,
             key=key,
             num_probes=config.num_probes,
+            chunk_size=config.chunk_size,
             num_steps=config.num_steps,
             method=config.method,
             max_bytes=measure.GRAM_BYTES,
