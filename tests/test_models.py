@@ -257,7 +257,7 @@ def test_convolutions_under_vmap_and_second_derivatives(convolution):
 
 @pytest.mark.parametrize(
     ("pixels", "channels", "features", "patches"),
-    [(2, 512, 512, True), (4, 512, 512, True), (32, 64, 64, True), (16, 128, 128, False), (32, 3, 64, False)],
+    [(2, 512, 512, True), (4, 512, 512, True), (8, 256, 256, False), (32, 64, 64, False)],
 )
 def test_the_choice_of_convolution(monkeypatch, pixels, channels, features, patches):
     def uses_patches():
@@ -269,6 +269,12 @@ def test_the_choice_of_convolution(monkeypatch, pixels, channels, features, patc
     assert uses_patches() == patches
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert not uses_patches()
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 5, 12), (1, 1, 40, 8)])
+def test_kernels_are_drawn_as_flax_draws_them(shape):
+    key = jax.random.key(0)
+    np.testing.assert_allclose(ops.he_normal(key, shape), nn.initializers.he_normal()(key, shape), rtol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 6, 3), (2, 7, 5, 1)])
