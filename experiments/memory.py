@@ -39,6 +39,13 @@ def peak_memory(function: Callable[[], object]) -> float | None:
         libc.mallopt(_MMAP_THRESHOLD, 2**25)  # where it ends up by itself
 
 
+def timed_peak(timer: Callable[[], float]) -> tuple[float | None, float]:
+    """The peak memory of a call of ``timer``, in MiB or None, and the seconds that this returned."""
+    seconds: list[float] = []
+    peak = peak_memory(lambda: seconds.append(timer()))
+    return peak, seconds[0] if seconds else timer()
+
+
 def _field(name):
     fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
     return int(fields[name].split()[0]) / 1024

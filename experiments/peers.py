@@ -3,7 +3,7 @@
     python -m experiments.peers lenet 64 100
 
 runs in an environment with the packages of experiments/peers.txt, and is started by the benchmark. It prints the names
-of its rows as a JSON list, and then answers each line "time NAME" or "memory NAME" by a number: seconds, or MiB.
+of its rows as a JSON list, and then answers each line "time NAME" by seconds and "memory NAME" by [MiB, seconds].
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import sys
 import time
 import venv
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from experiments.memory import peak_memory
+from experiments.memory import timed_peak
 
 GRADIENT = "torch: gradient"
 PRODUCT = "PyHessian: product, one of many"
@@ -38,8 +40,8 @@ class Peers:
         )
         self.names: list[str] = self._read()
 
-    def ask(self, what: str, name: str) -> float:
-        """The "time" in seconds or the "memory" in MiB of a row."""
+    def ask(self, what: str, name: str) -> Any:
+        """The "time" of a row in seconds, or its "memory" as [MiB, seconds]."""
         print(what, name, file=self._process.stdin, flush=True)
         return self._read()
 
@@ -221,7 +223,8 @@ def main(name: str, batch_size: str, num_steps: str) -> None:
     print(json.dumps(list(rows)), file=answers, flush=True)
     for line in sys.stdin:
         what, _, row = line.strip().partition(" ")
-        answer = {"time": _seconds, "memory": peak_memory}[what](rows[row])
+        timer = partial(_seconds, rows[row])
+        answer = timer() if what == "time" else timed_peak(timer)
         print(json.dumps(answer), file=answers, flush=True)
 
 

@@ -21,7 +21,7 @@ def stand_in(tmp_path):
         "import sys\n"
         f"print({json.dumps(json.dumps(THEIRS))}, flush=True)\n"
         "for line in sys.stdin:\n"
-        "    print(0.25 if line.startswith('time ') else 5.0, flush=True)\n"
+        "    print(0.25 if line.startswith('time ') else [5.0, 30.0 if 'Lanczos' in line else 0.5], flush=True)\n"
     )
     path.chmod(0o755)
     return str(path)
@@ -35,6 +35,8 @@ def test_from_end_to_end_beside_peers(tmp_path, stand_in, capsys):
     rows = numbers["rows"]
     assert set(THEIRS) < set(rows) and rows[peers.GRADIENT]["seconds"] == [0.25, 0.25]
     assert all(len(row["seconds"]) == 2 and row["seconds"][0] > 0 for row in rows.values())
+    # What takes more than 20 s is timed with its memory only.
+    assert rows[peers.LANCZOS.format(2)]["seconds"] == [30.0, None]
     for name, row in rows.items():
         assert any(line.startswith(name) for line in printed.splitlines())
         assert row["peak_mib"] is None or row["peak_mib"] >= 0

@@ -30,7 +30,7 @@ from jax.flatten_util import ravel_pytree
 import jaxhess as jh
 from experiments import arms, measure, models, peers, results
 from experiments.data import Dataset
-from experiments.memory import peak_memory
+from experiments.memory import timed_peak
 from experiments.train import Penalty, Stepper, TrainConfig, objective
 
 
@@ -42,7 +42,7 @@ class Config:
       model: name of the net.
       batch_size: images in the batch; random, since the time does not depend on them.
       repeats: rounds.
-      patience: seconds; rows that take longer are timed in the first round only.
+      patience: seconds; rows that take longer are timed once, in the first round, while their memory is measured.
       num_probes: probes at once, for the traces.
       num_steps: Lanczos steps.
       penalty_probes: n of the penalty in the training steps.
@@ -77,9 +77,8 @@ def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> N
     """Times all rows, and saves the seconds of every round."""
     rows = make_rows(config)
     with contextlib.ExitStack() as stack:
-        timers = {
-            name: (partial(_seconds, call), partial(peak_memory, _waiting(call))) for name, (call, _) in rows.items()
-        }
+        timers = {name: partial(_seconds, call) for name, (call, _) in rows.items()}
+        timers = {name: (timer, partial(timed_peak, timer)) for name, timer in timers.items()}
         if config.peers:
             python = config.peers_python or peers.environment(out_dir.parent / ".peers")
             others = peers.Peers(python, config.model, config.batch_size, config.num_steps * config.lanczos)
@@ -97,11 +96,13 @@ def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> N
             return value
 
         first = {name: called(timer) for name, (timer, _) in timers.items()}
-        memory = {name: called(peak) for name, (_, peak) in timers.items()}
-        times = {name: [called(timer)] for name, (timer, _) in timers.items()}
-        for _ in range(config.repeats - 1):
-            for name, (timer, _) in timers.items():
-                times[name].append(called(timer) if times[name][0] <= config.patience else None)
+        peaks = {name: called(peak) for name, (_, peak) in timers.items()}
+        slow = {name for name, (_, seconds) in peaks.items() if seconds > config.patience}
+        times = {name: [peaks[name][1]] + [None] * (config.repeats - 1) if name in slow else [] for name in timers}
+        for _ in range(config.repeats):
+            for name in timers:
+                if name not in slow:
+                    times[name].append(called(timers[name][0]))
     numbers = {
         "machine": f"{os.cpu_count()} {platform.machine()} cores, {jax.default_backend()}, jax {jax.__version__}",
         "layers": len(_problem(config)[3]),
@@ -110,7 +111,7 @@ def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> N
                 "seconds": times[name],
                 "per": rows[name][1] if name in rows else 1,
                 "first_call_s": first[name],
-                "peak_mib": memory[name],
+                "peak_mib": peaks[name][0],
             }
             for name in timers
         },
@@ -277,10 +278,6 @@ def _matfree_lanczos(operator, start, num_steps):
         return tridiag(lambda v: ravel_pytree(op(unravel(v)))[0], vector / jnp.linalg.norm(vector))
 
     return partial(decompose, operator, flat)
-
-
-def _waiting(function):
-    return lambda: jax.block_until_ready(function())
 
 
 def _seconds(function):
