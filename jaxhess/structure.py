@@ -295,8 +295,8 @@ def _positive(weights):
 def _gram_matrices(loss, params, batch, layers, max_bytes, progress):
     """(J_l' B)' (J_l' B) of every layer and their sum, "total": float64, rows ordered by example, position, class.
 
-    The rows of as many examples as fit are held, and those of all later examples pass by them, one example at a
-    time: the cotangents of one example share its activations, so that its convolutions stay plain ones.
+    Of a group of layers the rows of as many examples as fit are held, and those of all later examples pass by them, one
+    example at a time: the cotangents of one example share its activations, so that its convolutions stay plain ones.
     """
     if isinstance(batch, Batches):
         raise TypeError(
@@ -312,17 +312,14 @@ def _gram_matrices(loss, params, batch, layers, max_bytes, progress):
     # An example that depends on others has its rows differentiated through the batch, which takes as long as one.
     count = len(outputs) if independent else outputs.size
     rows_each = outputs.size // count
-    row_bytes = sum(x.nbytes for layer in layers for x in layer.arrays(params))
-    held = min(count, max(1, max_bytes // (row_bytes * rows_each)))
-    starts = range(0, count, held)
-
     factor = _factor(loss, params, batch)
-
-    def rows_of(i):
-        return _rows(loss, layers, independent, params, batch, factor, i)
-
     grams = {layer.name: np.zeros((outputs.size, outputs.size)) for layer in layers}
-    done, todo = 0, sum(count - start for start in starts)
+    plan = [
+        (group, start, min(start + held, count), held)
+        for group, held in _groups(layers, params, rows_each, count, max_bytes)
+        for start in range(0, count, held)
+    ]
+    done, todo = 0, sum(count - start for _, start, _, _ in plan)
 
     def report():
         nonlocal done
@@ -330,22 +327,40 @@ def _gram_matrices(loss, params, batch, layers, max_bytes, progress):
         if progress is not None:
             progress(done, todo)
 
-    for start in starts:
-        stop = min(start + held, count)
+    for group, start, stop, held in plan:
+        rows_of = partial(_rows, loss, group, independent, params, batch, factor)
+        mine = [grams[layer.name] for layer in group]
         block = slice(start * rows_each, stop * rows_each)
         kept = [jnp.zeros((held * rows_each, *x.shape[1:]), x.dtype) for x in jax.eval_shape(rows_of, start)]
         for i in range(start, stop):
             kept = _keep(kept, rows_of(i), (i - start) * rows_each)
             report()
-        for gram, tile in zip(grams.values(), _products(kept, kept), strict=True):
+        for gram, tile in zip(mine, _products(kept, kept), strict=True):
             gram[block, block] = _to_host(tile)[: block.stop - block.start, : block.stop - block.start]
         for i in range(stop, count):
             columns = slice(i * rows_each, (i + 1) * rows_each)
-            for gram, tile in zip(grams.values(), _products(kept, rows_of(i)), strict=True):
+            for gram, tile in zip(mine, _products(kept, rows_of(i)), strict=True):
                 gram[block, columns] = _to_host(tile)
                 gram[columns, block] = gram[block, columns].T
             report()
     return grams | {"total": sum(grams.values())}
+
+
+def _groups(layers, params, rows_each, count, max_bytes):
+    """[(layers, how many examples' rows are held)]: as many as fit with the rows of all examples, or one that does not.
+
+    Each group costs a backward pass for every example; all layers in one, with the rows of a few examples held, would
+    cost one for each of these few.
+    """
+    sizes = {layer: rows_each * sum(x.nbytes for x in layer.arrays(params)) for layer in layers}
+    groups: list[tuple[Layer, ...]] = []
+    for layer, size in sizes.items():
+        fits = (i for i, group in enumerate(groups) if count * (size + sum(map(sizes.get, group))) <= max_bytes)
+        if (i := next(fits, None)) is None:
+            groups.append((layer,))
+        else:
+            groups[i] += (layer,)
+    return [(group, min(count, max(1, max_bytes // max(1, sum(map(sizes.get, group)))))) for group in groups]
 
 
 def _to_host(x):
