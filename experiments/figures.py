@@ -84,7 +84,7 @@ def about(config: Mapping[str, Any], model: str, dataset: str) -> str:
 def how(config: Mapping[str, Any]) -> str:
     """How the Hessian's spectra were found, in words."""
     steps = f"{config['num_steps']} Lanczos steps"
-    return steps if config.get("method", "lanczos") == "lanczos" else f"layers exact, whole Hessian by {steps}"
+    return steps if config.get("method", "lanczos") == "lanczos" else f"exact where Hess = G, else {steps}"
 
 
 # ---- curvature over training ----

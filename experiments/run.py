@@ -16,8 +16,10 @@ import importlib
 import inspect
 import pathlib
 import pkgutil
+import re
 import signal
 import sys
+import textwrap
 import typing
 from collections.abc import Sequence
 from types import ModuleType
@@ -166,12 +168,28 @@ def _describe(name):
     module = load(name)
     print(inspect.getdoc(module))
     print("\nKeys, with their defaults:\n")
-    keys = _keys(module.Config) | _keys(Options)
-    for field in (*dataclasses.fields(module.Config), *dataclasses.fields(Options)):
-        if field.name not in keys:
-            continue
-        default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-        print(f"  {field.name}={str(default).lower() if isinstance(default, bool) else default}")
+    for kind in (module.Config, Options):
+        keys, words = _keys(kind), _attributes(kind)
+        for field in dataclasses.fields(kind):
+            if field.name in keys:
+                print(f"  {field.name}={_written(field.default)}")
+                print(textwrap.fill(words[field.name], 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
+
+
+def _written(default):
+    if isinstance(default, tuple):
+        return ",".join(map(str, default))
+    return str(default).lower() if isinstance(default, bool) else default
+
+
+def _attributes(kind):
+    """{field: what the docstrings of a dataclass and of its bases say about it}."""
+    found = {}
+    for base in reversed(kind.__mro__):
+        section = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")[2]
+        for field, text in re.findall(r"^  (\w+): (.*(?:\n    .*)*)", section, re.MULTILINE):
+            found[field] = " ".join(text.split())
+    return found
 
 
 if __name__ == "__main__":

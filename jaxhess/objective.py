@@ -251,20 +251,23 @@ def _output_blocks(criterion, outputs, batch):
     """The C x C blocks of S, (..., C, C), and two flags: S has more than these blocks; a block is indefinite."""
     outputs = outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))  # no eigenvalues of half precision
 
-    def product(tangent):
-        return output_hessian_product(criterion, outputs, batch, tangent)
+    def blocks_at(outputs):
+        columns = jax.vmap(
+            lambda column: output_hessian_product(criterion, outputs, batch, jnp.broadcast_to(column, outputs.shape))
+        )(jnp.eye(outputs.shape[-1], dtype=outputs.dtype))
+        return jnp.moveaxis(columns, 0, -1)
 
-    columns = jax.vmap(lambda column: product(jnp.broadcast_to(column, outputs.shape)))(
-        jnp.eye(outputs.shape[-1], dtype=outputs.dtype)
-    )
-    blocks = jnp.moveaxis(columns, 0, -1)
+    blocks = blocks_at(outputs)
     # Blocks read off with one direction in all rows are S only if no row feels another one's direction: tried with a
     # direction without any pattern.
     signs = jnp.sign(jnp.sin(1.0 + jnp.arange(outputs.size) ** 2)).reshape(outputs.shape).astype(outputs.dtype)
-    # On a net that is trained to the end S vanishes, and the rounding of its derivation (of order 1/rows) does not.
-    scale = jnp.maximum(jnp.max(jnp.abs(blocks)), 1 / _rows(outputs))
+    product = output_hessian_product(criterion, outputs, batch, signs)
+    # On a net that is trained to the end S vanishes, and the rounding of its derivation does not: that is of the size
+    # that S has elsewhere, in the criterion's own units.
+    elsewhere = jnp.max(jnp.abs(blocks_at(jnp.zeros_like(outputs))))
+    scale = jnp.maximum(jnp.max(jnp.abs(blocks)), jnp.where(jnp.isfinite(elsewhere), 4 * elsewhere, 0))
     tolerance = 100 * jnp.finfo(outputs.dtype).eps * scale
-    coupled = jnp.any(jnp.abs(product(signs) - jnp.einsum("...ij,...j->...i", blocks, signs)) > 10 * tolerance)
+    coupled = jnp.any(jnp.abs(product - jnp.einsum("...ij,...j->...i", blocks, signs)) > 10 * tolerance)
     concave = jnp.any(jnp.linalg.eigvalsh(blocks) < -tolerance)
     return blocks, (coupled, concave)
 

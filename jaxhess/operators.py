@@ -208,7 +208,7 @@ def _ggn_product(objective, fill, point, batch, v):
 def _functional_product(objective, fill, point, batch, v):
     outputs = objective.predict(fill(point), batch)
     slope = jax.grad(objective.criterion)(outputs, batch)
-    return _hessian_product(lambda p, b: jnp.vdot(slope, objective.predict(p, b)), fill, point, batch, v)
+    return _hessian_product(lambda p, b: jnp.sum(slope * objective.predict(p, b)), fill, point, batch, v)
 
 
 _PRODUCTS = {"hessian": _hessian_product, "ggn": _ggn_product, "functional": _functional_product}

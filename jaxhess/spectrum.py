@@ -16,7 +16,7 @@ from jaxhess.batches import Batches
 from jaxhess.lanczos import dimension, lanczos, ritz, tree_norm
 from jaxhess.layers import Layer, find_layers, layer_names
 from jaxhess.operators import _operator, linearize, prepare
-from jaxhess.structure import gram_eigenvalues, gram_rows, rounding
+from jaxhess.structure import gram_eigenvalues, gram_rounding, gram_rows
 from jaxhess.trace import check_count, check_key, check_known, random_like
 
 PyTree = Any
@@ -291,17 +291,20 @@ def layer_spectra(
       curvature: "hessian", "ggn" or "functional".
       method: "lanczos"; for the GGN "gram": exact, from the Gram matrix (see `ggn_eigenvalues`); or "auto": the Gram
         matrix wherever it gives the spectrum and has at most 2,000 rows (examples times outputs), else Lanczos. Of the
-        Hessian it gives that of every layer in which H_l vanishes, as in piecewise linear nets, so that Hess_l = G_l;
-        a product of H_l with a random vector, at most 1e-5 as long as that of G_l, tells.
+        Hessian it gives that of every layer in which H_l is zero, as in piecewise linear nets, so that Hess_l = G_l:
+        the product of H_l with a random vector, which must be zero in all digits, tells. The residuals of its nodes
+        are its rounding, and ``num_draws`` plays no part in them.
       layers: names of the layers that are wanted; all by default. A layer has the same spectrum either way.
-      max_bytes: for "gram", as for `ggn_eigenvalues`.
-      progress: ``progress(done, total)`` in Lanczos steps over all layers, and before them as of `ggn_eigenvalues`.
+      max_bytes: for "gram" and "auto", as for `ggn_eigenvalues`.
+      progress: ``progress(done, total)`` in Lanczos steps over all layers; before them, with a total of its own, as of
+        `ggn_eigenvalues` where there is a Gram matrix.
 
     Returns:
       {layer: Spectrum} in network order, and "total" for the whole net.
 
     Raises:
-      TypeError, ValueError: as `hessian` and `spectrum`; ValueError for "gram" with another curvature.
+      TypeError, ValueError: as `hessian` and `spectrum`; ValueError for "gram" with another curvature, or a name that
+        is not in `layer_names`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxhess as jh
@@ -326,7 +329,10 @@ def layer_spectra(
         )
     loss, params = prepare(curvature, objective, params, batch, has_aux)
     every = find_layers(params, layer_names(params, loss, batch))
-    chosen = {layer.name for layer in (every if layers is None else find_layers(params, layers))}
+    known = [layer.name for layer in every]
+    if missing := [layer.name for layer in find_layers(params, layers or ()) if layer.name not in known]:
+        raise ValueError(f"{missing[0]!r} is no layer of its own; choose from {known}")
+    chosen = known if layers is None else layers
     parts: dict[str, tuple[int, Layer | None]] = {}
     parts |= {layer.name: (i, layer) for i, layer in enumerate(every) if layer.name in chosen}
     parts["total"] = (len(every), None)
@@ -336,10 +342,15 @@ def layer_spectra(
         exact = _equal_to_ggn(curvature, loss, params, batch, parts, key)
     spectra: dict[str, Spectrum] = {}
     if exact:
-        values = gram_eigenvalues(loss, params, batch, every, max_bytes=max_bytes, progress=progress)
-        spectra = {name: Spectrum.from_eigenvalues(values[name], dims[name]) for name in parts if name in exact}
+        # For "total" the sum over all layers is needed.
+        summed = [layer for layer in every if "total" in exact or layer.name in exact]
+        values = gram_eigenvalues(loss, params, batch, summed, exact, max_bytes=max_bytes, progress=progress)
+        for name in values:
+            spec = Spectrum.from_eigenvalues(values[name], dims[name])
+            error = np.full(len(spec.nodes), gram_rounding(params) * spec.lambda_max)
+            spectra[name] = dataclasses.replace(spec, num_steps=num_steps, residuals=error)
     if exact == set(parts):
-        return spectra
+        return {name: spectra[name] for name in parts}
 
     product = _operator(curvature, loss, params, batch, None, False)
     if not isinstance(batch, Batches):
@@ -365,14 +376,12 @@ def _equal_to_ggn(curvature, loss, params, batch, parts, key):
     """The names of those parts whose curvature is that of the GGN."""
     if curvature != "hessian":
         return set(parts) if curvature == "ggn" else set()
-    kinds = ("functional", "ggn")
-    products = [linearize(_operator(kind, loss, params, batch, None, False), like=params) for kind in kinds]
-    tolerance, found = min(1e-5, 100 * rounding(params)), set()
+    functional = linearize(_operator("functional", loss, params, batch, None, False), like=params)
+    found = set()
     for name, (i, layer) in parts.items():
         if layer is not None:
             v = random_like(jax.random.fold_in(jax.random.fold_in(key, _CHECK), i), layer.take(params))
-            rest, ggn_part = (float(tree_norm(_block(product, layer, params)(v))) for product in products)
-            if rest <= tolerance * ggn_part:
+            if float(tree_norm(_block(functional, layer, params)(v))) == 0:
                 found.add(name)
     return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
 
 from jaxhess.batches import Batches
 from jaxhess.layers import Layer, find_layers, layer_names
@@ -48,7 +49,7 @@ def ggn_eigenvalues(
       layer: a name from `layer_names`; by default the whole net.
       max_bytes: memory for rows of the Jacobian, at least those of one example; with less of it, rows are computed
         more often.
-      progress: ``progress(done, total)`` in examples.
+      progress: ``progress(done, total)``, one for each example, and more where rows are computed more than once.
 
     Returns:
       (r,) float64, descending; values that rounding cannot tell from zero are left out.
@@ -68,8 +69,7 @@ def ggn_eigenvalues(
     """
     loss, params = prepare("ggn", objective, params, batch, has_aux)
     layers = find_layers(params, layer_names(params) if layer is None else [layer])
-    values = gram_eigenvalues(loss, params, batch, layers, max_bytes=max_bytes, progress=progress, only_total=True)
-    return values["total"]
+    return gram_eigenvalues(loss, params, batch, layers, ["total"], max_bytes=max_bytes, progress=progress)["total"]
 
 
 def gram_eigenvalues(
@@ -77,16 +77,19 @@ def gram_eigenvalues(
     params: PyTree,
     batch: PyTree,
     layers: Sequence[Layer],
+    names: Collection[str],
     *,
     max_bytes: int = 2**30,
     progress: Callable[[int, int], None] | None = None,
-    only_total: bool = False,
 ) -> dict[str, np.ndarray]:
-    """The non-zero eigenvalues of each layer's G_l (if wanted) and of their sum, "total"; see `ggn_eigenvalues`."""
+    """The non-zero eigenvalues of G_l of those layers that are named, and of the sum over all if "total" is."""
     grams = _gram_matrices(loss, params, batch, layers, max_bytes, progress)
-    if only_total:
-        grams = {"total": grams["total"]}
-    return {name: _nonzero(gram, 10 * rounding(params)) for name, gram in grams.items()}
+    return {name: _nonzero(gram, gram_rounding(params)) for name, gram in grams.items() if name in names}
+
+
+def gram_rounding(params: PyTree) -> float:
+    """By how much of the largest eigenvalue those of a Gram matrix are wrong, the products' rounding included."""
+    return 10 * _eps(params)
 
 
 def gram_rows(loss: Callable, params: PyTree, batch: PyTree) -> int:
@@ -239,7 +242,7 @@ def class_structures(loss, params, batch, num_classes, layers, weighting, max_by
     grams = _gram_matrices(loss, params, batch, layers, max_bytes, progress)
     weights = (np.ones_like(probabilities) if weighting == "legacy_sqrt_p" else probabilities) / len(labels)
     wanted = ["total"] if only_total else grams
-    return {name: _class_structure(grams[name], weights, labels, rounding(params)) for name in wanted}
+    return {name: _class_structure(grams[name], weights, labels, _eps(params)) for name in wanted}
 
 
 def _class_structure(gram, weights, labels, eps):
@@ -304,6 +307,7 @@ def _gram_matrices(loss, params, batch, layers, max_bytes, progress):
             "join them into one, or use method='lanczos'"
         )
     layers = tuple(layers)
+    params, batch = jax.tree.map(_automatic, (params, batch))
     outputs = _outputs(loss, params, batch)
     if not bool(jnp.isfinite(outputs).all()):
         raise ValueError("the outputs of predict are not finite; look for NaN or overflow in the batch or the network")
@@ -343,7 +347,21 @@ def _gram_matrices(loss, params, batch, layers, max_bytes, progress):
                 gram[block, columns] = _to_host(tile)
                 gram[columns, block] = gram[block, columns].T
             report()
+    for name, gram in grams.items():
+        if not np.isfinite(gram).all():
+            raise ValueError(
+                f"the products of the Jacobian's rows are not finite in layer {name!r}; look for a derivative that is "
+                f"NaN or overflows, in the network or the criterion"
+            )
     return grams | {"total": sum(grams.values())}
+
+
+def _automatic(x):
+    """An array of a mesh with explicit axes, from which no row can be cut, as one whose axes the compiler handles."""
+    if isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding) and not x.sharding.mesh.are_all_axes_auto:
+        mesh = x.sharding.mesh
+        return jax.device_put(x, NamedSharding(Mesh(mesh.devices, mesh.axis_names), x.sharding.spec))
+    return x
 
 
 def _groups(layers, params, rows_each, count, max_bytes):
@@ -370,7 +388,7 @@ def _to_host(x):
     return np.asarray(x)
 
 
-def rounding(params: PyTree) -> float:
+def _eps(params):
     """Rounding of the coarsest type on the way."""
     return max(float(jnp.finfo(jnp.result_type(x)).eps) for x in jax.tree.leaves(params))
 

@@ -29,8 +29,8 @@ class Record:
       parameters: number of parameters.
       trace: Tr(Hess_l) with its standard error.
       ggn_trace: Tr(G_l) likewise; None for a plain loss, or a criterion that is not convex.
-      lambda_max, lambda_min: extreme Ritz values of Hess_l.
-      lambda_max_residual, lambda_min_residual: an eigenvalue lies within this of the Ritz value.
+      lambda_max, lambda_min: extreme eigenvalues of Hess_l: Ritz values, or exact ones.
+      lambda_max_residual, lambda_min_residual: an eigenvalue lies within this of them.
       trace_norm2: Tr(Hess_l) * ||w_l||^2, which does not change when a scale-invariant layer is scaled.
       outliers: `count_outliers` of the spectrum.
       wasserstein: distance of the spectrum to the whole net's, in units of eigenvalues.
@@ -179,13 +179,6 @@ def summarize(
     """
     check_key(key)
     loss, params = prepare("hessian", objective, params, batch, has_aux)
-    trace_key, ggn_key = jax.random.split(jax.random.fold_in(key, 2**31 - 1))
-    estimate = partial(layer_traces, loss, params, batch, num_probes=num_probes, chunk_size=chunk_size)
-    traces = estimate(key=trace_key)
-    ggn_traces: dict[str, Estimate] = {}
-    if isinstance(loss, Objective):
-        with contextlib.suppress(NoFactorError):  # a criterion that is not convex: no column Tr G
-            ggn_traces = estimate(key=ggn_key, curvature="ggn")
     spectra = layer_spectra(
         loss,
         params,
@@ -197,7 +190,13 @@ def summarize(
         max_bytes=max_bytes,
         progress=progress,
     )
-
+    trace_key, ggn_key = jax.random.split(jax.random.fold_in(key, 2**31 - 1))
+    estimate = partial(layer_traces, loss, params, batch, num_probes=num_probes, chunk_size=chunk_size)
+    traces = estimate(key=trace_key)
+    ggn_traces: dict[str, Estimate] = {}
+    if isinstance(loss, Objective):
+        with contextlib.suppress(NoFactorError):  # a criterion that is not convex: no column Tr G
+            ggn_traces = estimate(key=ggn_key, curvature="ggn")
     records = {}
     for name, spec in spectra.items():
         weights = params if name == "total" else subtree(params, name)

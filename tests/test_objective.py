@@ -145,6 +145,29 @@ def test_a_factor_is_refused_where_there_is_none(criterion, message, classes):
     assert np.isnan(product).all()  # where the outputs are not known
 
 
+def scaled(criterion):
+    """In units in which it is a million times smaller."""
+    return lambda outputs, batch: 1e-6 * criterion(outputs, batch)
+
+
+@pytest.mark.parametrize(("criterion", "message"), [(cosine, "not convex"), (squared_mean, "couples")])
+def test_a_factor_is_refused_in_any_units(criterion, message):
+    with pytest.raises(ValueError, match=message):
+        check_factor(scaled(criterion), helpers.normal(1, 5, 3), None)
+
+
+def test_a_factor_is_taken_in_any_units_and_where_the_curvature_vanishes():
+    """Log-sum-exp of logits so far apart that its Hessian is rounding."""
+
+    def by_hand(outputs, batch):
+        return (jax.nn.logsumexp(outputs, -1) - outputs[..., 0]).mean()
+
+    for factor in (1, 30, 1000):
+        outputs = factor * helpers.normal(1, 50, 10)
+        for criterion in (by_hand, scaled(by_hand)):
+            check_factor(criterion, outputs, None)
+
+
 @pytest.mark.parametrize("criterion", [cosine, squared_mean])
 def test_only_what_needs_the_factor_refuses(criterion):
     p = problem("softmax regression")

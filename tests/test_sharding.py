@@ -72,6 +72,21 @@ def test_every_result_is_that_of_one_device(places):
         assert distance(np.ravel(found[name]), np.ravel(value)) < 3e-4, name
 
 
+def test_a_mesh_with_explicit_axes(places):
+    """As ``jax.make_mesh`` makes it."""
+    mesh = jax.make_mesh((8,), ("data",))
+    params = jax.device_put(P.params, NamedSharding(mesh, PartitionSpec()))
+    found, expected = [], []
+    for place, into in ((places["one"], expected), ((params, spread_batch(mesh, BATCH)), found)):
+        into.append(ravel(jh.functional_hessian(P.objective, *place)(place[0])))
+        into.append(jh.layer_traces(P.objective, *place, key=KEY, num_probes=4, curvature="ggn")["total"].mean)
+        spectra = jh.layer_spectra(P.objective, *place, key=KEY, num_steps=6, method="auto")
+        into += [spectrum.nodes for spectrum in spectra.values()]
+        into.append(jh.class_structure(P.objective, *place, 3).weights)
+    for a, b in zip(found, expected, strict=True):
+        assert distance(np.ravel(a), np.ravel(b)) < 3e-4
+
+
 def test_a_mean_over_batches_that_are_spread(places, mesh):
     halves = [jax.tree.map(lambda x, part=part: x[part], BATCH) for part in (slice(0, 4), slice(4, 8))]
     expected = jh.hessian(P.objective, P.params, BATCH)(P.params)

@@ -6,7 +6,8 @@ Under 3 minutes for LeNet on one CPU core, one of them measuring. The paper find
 layer. Expected: a bulk at zero and some outliers; the two curves of a layer of a ReLU net coincide, since f is affine
 in one layer's parameters, while for the whole net the Hessian has negative eigenvalues and G has none.
 ``curvatures=hessian,ggn,functional`` draws H_l too. Of a large ReLU net ``method=auto`` takes the spectra of the
-layers from the Gram matrix, after a check that H_l is zero in them: minutes instead of hours.
+layers from the Gram matrix, after a check that H_l is zero in them, for up to 2,000 images times classes; the whole net
+stays with Lanczos.
 """
 
 from __future__ import annotations
