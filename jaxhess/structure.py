@@ -358,9 +358,10 @@ def _gram_matrices(loss, params, batch, layers, max_bytes, progress):
 
 def _automatic(x):
     """An array of a mesh with explicit axes, from which no row can be cut, as one whose axes the compiler handles."""
-    if isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding) and not x.sharding.mesh.are_all_axes_auto:
+    if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and isinstance(x.sharding, NamedSharding):
         mesh = x.sharding.mesh
-        return jax.device_put(x, NamedSharding(Mesh(mesh.devices, mesh.axis_names), x.sharding.spec))
+        if not mesh.are_all_axes_auto:
+            return jax.device_put(x, NamedSharding(Mesh(mesh.devices, mesh.axis_names), x.sharding.spec))
     return x
 
 
