@@ -101,9 +101,8 @@ def draw(out_dir: pathlib.Path) -> None:
     config, numbers = results.load_json(out_dir / "config.json"), results.load_json(out_dir / "numbers.json")
     arrays = results.load_arrays(out_dir / "numbers.npz")
     title = (
-        f"{figures.about(config, config['model'], config['dataset'])}: "
-        f"spectra at {numbers['images']} training images, {figures.how(config)}; "
-        f"test accuracy {numbers['test_accuracy']:.1%}"
+        f"{figures.about(config, config['model'], config['dataset'])}, test accuracy {numbers['test_accuracy']:.1%}:\n"
+        f"spectra at {numbers['images']} training images, {figures.how(config)}"
     )
     figure = plot.log_densities({kind: measure.unpack(arrays, kind) for kind in config["curvatures"]}, title)
     plot.save(figure, out_dir / "figure.png")
