@@ -115,6 +115,11 @@ def count_outliers(spec_or_values: Spectrum | np.ndarray, *, method: str = "gap"
     that l_k / l_{k+1} is at least 1.5; else the upper group is split again, since a bulk is split in its middle where
     the outliers are few.
 
+    Where zeros are in the majority, as in G of a large net, the mean bounds nothing, and the small eigenvalues at the
+    end, which fall off steeply, are no border of a bulk: then at most half of the positive eigenvalues are candidates,
+    or ten, if that is more; and where no ratio among those is large enough, all positive ones stand apart from the
+    zeros, if all are above the mean.
+
     "gap" looks at one ratio, so that outliers that lie as far from each other as from the bulk are cut short;
     "profile" takes them whole. It needs outliers closer together than their distance to the bulk, and finds too few, or
     none, where they are spread over an order of magnitude; so does "gap".
@@ -148,7 +153,15 @@ def count_outliers(spec_or_values: Spectrum | np.ndarray, *, method: str = "gap"
     count = len(values) if apart.all() else int(np.argmin(apart))
     if count == 0 or len(values) < 2:
         return 0
-    top = np.maximum(values[: count + 1], 1e-30 * values[0])  # the candidates, and what follows them
+    positive = int(np.rint(spec.dim * spec.weights[spec.nodes > 0].sum()))
+    few = count if positive > spec.dim / 2 else min(count, max(10, positive // 2))
+    found = _split(values[: few + 1], method)
+    return count if not found and few < count == positive else found
+
+
+def _split(values, method):
+    """How many of the descending values, of which the last is no candidate, stand apart; 0 if none do."""
+    top = np.maximum(values, 1e-30 * values[0])
     ratios, logs = top[:-1] / top[1:], np.log(top)
     best = int(np.argmax(ratios)) if method == "gap" else _profile_split(logs) - 1
     while ratios[best] < 1.5:

@@ -235,6 +235,18 @@ def test_outliers_above_a_bulk_of_zeros():
     """Low rank: all that is not zero stands apart."""
     assert jh.count_outliers(np.append(np.zeros(100), [1.0, 1.1, 1.2])) == 3
     assert jh.count_outliers(jh.Spectrum.from_eigenvalues([1.0, 1.1, 1.2], dim=1000)) == 3
+    assert jh.count_outliers(jh.Spectrum.from_eigenvalues(np.linspace(1, 2, 40), dim=1000)) == 40
+
+
+@pytest.mark.parametrize("method", ["gap", "profile"])
+@pytest.mark.parametrize("count", [1, 3, 10, 40])
+@pytest.mark.parametrize("bulk", BULKS)
+def test_the_steep_end_of_a_low_rank_spectrum_is_no_border(bulk, count, method):
+    values = planted(bulk, count, "far")
+    values = np.sort(values[values > 0])
+    values[:20] *= 1e-3 ** np.arange(20, 0, -1)
+    spec = jh.Spectrum.from_eigenvalues(values, dim=10_000_000)
+    assert jh.count_outliers(spec, method=method) == count
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import scipy.stats
 
 import jaxhess as jh
 from experiments import data, figures, measure, models, plot, run
-from experiments.configs import estimators, fig2
+from experiments.configs import estimators, fig2, outliers
 
 MLP = ["model=mlp", "dataset=digits", "epochs=2", "images_per_class=2"]
 
@@ -133,6 +133,12 @@ def test_outliers_for_several_numbers_of_classes(out, capsys, monkeypatch):
     assert "C = 10" in printed and "C = 5" in printed and "MLP on digits (halfs)" in printed
     for record in numbers(out / "outliers").values():
         assert all(len(counts) == 2 and min(counts) >= 0 for counts in record["outliers"].values())
+
+
+def test_the_gap_near_the_number_of_classes():
+    values = np.concatenate([[400.0, 90.0], np.linspace(20, 11, 8), np.linspace(5, 1, 30), [1e-3]])
+    assert outliers.gap_near(jh.Spectrum.from_eigenvalues(values, dim=10_000), 10) == "2.20 at 10"
+    assert outliers.gap_near(jh.Spectrum.from_eigenvalues(values[:3], dim=10_000), 10) == "-"
 
 
 def test_the_precision_of_estimators(out, capsys):

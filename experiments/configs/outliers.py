@@ -3,7 +3,8 @@
     python -m experiments.run outliers model=vgg11_bn dataset=cifar10,cifar100:coarse_label,cifar100
 
 The paper finds as many outliers as classes in every layer. They are counted in the spectrum of G_l, whose bulk at zero
-hides none, by `jaxhess.count_outliers`, which is not told the number of classes.
+hides none, by `jaxhess.count_outliers`, which is not told the number of classes C. Beside the count stands what a reader
+who is told C can see: the largest ratio of two neighbours among the eigenvalues C/2 to 2C, and after which it comes.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import dataclasses
 import pathlib
 
 import jax
+import numpy as np
 
 import jaxhess as jh
 from experiments import arms, figures, measure, results
@@ -64,12 +66,29 @@ def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> N
 def draw(out_dir: pathlib.Path) -> None:
     """Prints the table from the saved numbers."""
     config, numbers = results.load_json(out_dir / "config.json"), results.load_json(out_dir / "numbers.json")
-    heads = [f"C = {record['num_classes']}" for record in numbers.values()]
-    print(f"outliers of G_l, {config['images_per_class']} training images of each class")
-    lines = [["layer", *heads]]
-    for layer in next(iter(numbers.values()))["outliers"]:
-        lines.append([layer, *(arms.spread(record["outliers"][layer], ".3g") for record in numbers.values())])
+    arrays = results.load_arrays(out_dir / "numbers.npz")
+    print(f"outliers of G_l, {config['images_per_class']} training images of each class, and the largest gap near C")
+    columns = []
+    for name, record in numbers.items():
+        classes = record["num_classes"]
+        found = [measure.unpack(arrays, f"{name}/{trial}") for trial in range(config["trials"])]
+        columns.append([f"C = {classes}", *(arms.spread(counts, ".3g") for counts in record["outliers"].values())])
+        columns.append(["gap", *(", ".join(gap_near(spec[layer], classes) for spec in found) for layer in found[0])])
+    layers = ["layer", *next(iter(numbers.values()))["outliers"]]
+    lines = [list(line) for line in zip(layers, *columns, strict=True)]
     arms.print_columns(lines)
     for name, record in numbers.items():
         words = figures.about(config, config["model"], name)
         print(f"{words}: test error {arms.spread([100 * e for e in record['test_error']], '.2f')} %")
+
+
+def gap_near(spectrum: jh.Spectrum, classes: int) -> str:
+    """The largest ratio l_k / l_{k+1} for k from C/2 to 2C, in words: "1.80 at 10"; of Ritz values that converged."""
+    values = spectrum.nodes[::-1]
+    apart = (values > 0) & (spectrum.residuals[::-1] < 0.05 * values)
+    values = values[: len(values) if apart.all() else int(np.argmin(apart))]
+    ratios = (values[:-1] / values[1:])[classes // 2 - 1 : 2 * classes]
+    if not len(ratios):
+        return "-"
+    best = int(np.argmax(ratios))
+    return f"{ratios[best]:.2f} at {best + classes // 2}"
