@@ -3,8 +3,8 @@
     python -m experiments.run outliers model=vgg11_bn dataset=cifar10,cifar100:coarse_label,cifar100
 
 The paper finds as many outliers as classes in every layer. They are counted in the spectrum of G_l, whose bulk at zero
-hides none, by `jaxhess.count_outliers`, which is not told the number of classes C. Beside the count stands what a reader
-who is told C can see: the largest ratio of two neighbours among the eigenvalues C/2 to 2C, and after which it comes.
+hides none, by `jaxhess.count_outliers`, which is not told the number of classes C. Beside the count stands what a
+reader who is told C can see: the largest ratio of neighbours from eigenvalue C/2 to 2C, and after which it comes.
 """
 
 from __future__ import annotations
