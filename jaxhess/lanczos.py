@@ -17,7 +17,7 @@ import scipy.linalg
 from numpy.typing import ArrayLike
 
 from jaxhess.operators import apply_stacked, as_partial, runs_on_host
-from jaxhess.trace import check_count, check_key, check_known, random_like, spread
+from jaxhess.trace import check_count, check_key, check_known, check_like, random_like, spread
 
 PyTree = Any
 
@@ -90,8 +90,8 @@ def lanczos(
       `Tridiagonal`.
 
     Raises:
-      ValueError: for fewer than one step, a restart without a basis, another word than "host", or (outside ``jit``)
-        a start vector that is zero or a product that is not finite.
+      ValueError: for fewer than one step, an empty start, a restart without a basis, another word than "host", or
+        (outside ``jit``) a start vector that is zero or a product that is not finite.
 
     Example:
       >>> import jax.numpy as jnp, jaxhess as jh
@@ -102,6 +102,7 @@ def lanczos(
     Reference: Lanczos 1950; Parlett 1998, The symmetric eigenvalue problem, chapter 13.
     """
     check_count("num_steps", num_steps)
+    check_like("start", start)
     if reorthogonalize not in (True, False, "host"):
         raise ValueError(f"reorthogonalize must be True, False or 'host', got {reorthogonalize!r}")
     if restart_key is not None and not reorthogonalize:
@@ -205,7 +206,7 @@ def top_eigenpairs(
       A v - lambda v, computed with k further products: within each lies an eigenvalue.
 
     Raises:
-      ValueError: for k < 1, k beyond the dimension, or fewer steps than k.
+      ValueError: for an empty ``like``, k < 1, k beyond the dimension, or fewer steps than k.
       TypeError: under ``jit``, where `lanczos` runs in its place, or for a key that is none.
 
     Example:
@@ -219,6 +220,7 @@ def top_eigenpairs(
     """
     check_key(key)
     check_count("k", k)
+    check_like("like", like)
     dim = dimension(like)
     if k > dim:
         raise ValueError(f"k = {k} eigenpairs were asked of an operator of dimension {dim}; ask for at most {dim}")

@@ -17,7 +17,7 @@ from jaxhess.lanczos import dimension, lanczos, ritz, tree_norm
 from jaxhess.layers import Layer, find_layers, layer_names
 from jaxhess.operators import _operator, linearize, prepare
 from jaxhess.structure import gram_eigenvalues, gram_rounding, gram_rows
-from jaxhess.trace import check_count, check_key, check_known, random_like
+from jaxhess.trace import check_count, check_key, check_known, check_like, random_like
 
 PyTree = Any
 _GRAM_ROWS = 2000
@@ -218,7 +218,7 @@ def spectrum(
       `Spectrum`, on the host in float64.
 
     Raises:
-      ValueError: for fewer than one step or draw, or a product that is not finite.
+      ValueError: for fewer than one step or draw, an empty ``like``, or a product that is not finite.
       TypeError: under ``jit``, where `lanczos` runs in its place, or for a key that is none.
 
     Example:
@@ -233,6 +233,7 @@ def spectrum(
     check_key(key)
     check_count("num_steps", num_steps)
     check_count("num_draws", num_draws)
+    check_like("like", like)
     dim = dimension(like)
     if num_steps >= dim and reorthogonalize:
         start = random_like(key, like)

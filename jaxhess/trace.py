@@ -78,7 +78,8 @@ def trace(
       `Estimate` of scalars. Works under ``jit`` without tolerances.
 
     Raises:
-      ValueError: for fewer than one probe, an unknown probe, a negative tolerance, or a product that is not finite.
+      ValueError: for fewer than one probe, an unknown probe, a negative tolerance, an empty ``like``, or a product that
+        is not finite.
       TypeError: for a key that is none, or a tolerance under ``jit``.
 
     Example:
@@ -90,6 +91,7 @@ def trace(
     Reference: Hutchinson 1990; Avron and Toledo 2011; Algorithm 1 of the paper.
     """
     check_key(key)
+    check_like("like", like)
     draw = partial(_quadratic_forms, operator, like, sampler(probe))
     return _estimate(draw, key, num_probes, rtol, atol, max_probes, chunk_size, ("the operator",))[0]
 
@@ -350,6 +352,12 @@ def check_key(key: Any, name: str = "key") -> None:
         if key.ndim == 0 if typed else (key.ndim == 1 and key.dtype == np.uint32):
             return
     raise TypeError(f"{name} must be one JAX random key, as from jax.random.key(0), got {key!r}")
+
+
+def check_like(name: str, tree: PyTree) -> None:
+    """ValueError for a tree without a single entry, which no operator acts on."""
+    if not any(np.size(x) for x in jax.tree.leaves(tree)):
+        raise ValueError(f"{name} holds no numbers, so there is no operator on it: {tree!r}; give a tree like v")
 
 
 def check_known(what: str, instead: str, *trees: PyTree) -> None:

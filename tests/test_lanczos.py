@@ -300,6 +300,15 @@ def test_top_eigenpairs_refuse(options, message):
 
 
 @pytest.mark.parametrize("function", [jh.spectrum, jh.top_eigenpairs, jh.trace])
+@pytest.mark.parametrize("like", [{}, {"w": np.zeros((0, 3))}])
+def test_a_tree_without_numbers_is_refused(function, like):
+    with pytest.raises(ValueError, match="like holds no numbers.*give a tree"):
+        function(lambda v: v, like=like, key=jax.random.key(0))
+    with pytest.raises(ValueError, match="start holds no numbers"):
+        jh.lanczos(lambda v: v, like, 2)
+
+
+@pytest.mark.parametrize("function", [jh.spectrum, jh.top_eigenpairs, jh.trace])
 def test_half_precision_parameters(function):
     """``like=params`` of bfloat16 parameters: the operator answers in float32, and so must what is built on it."""
     p = helpers.problem("softmax regression")
