@@ -81,26 +81,51 @@ class CrossEntropy(_Labelled):
     Args:
       labels: ``labels(batch) -> int array`` of shape outputs.shape[:-1] with values 0..C-1; by default
         ``batch["label"]``. A label outside 0..C-1 is a ValueError where values are known, and a NaN under ``jit``.
+      weights: ``weights(batch) -> array`` of shape outputs.shape[:-1], not negative, or a mask: the loss is the weighted
+        mean sum_i w_i l_i / sum_i w_i. Rows of weight zero, as padding, may have any label. None for the plain mean.
+        `Batches` of such weigh each batch by its share of examples: tell them ``size=`` where sums of weights differ.
 
     Example:
       >>> import jax.numpy as jnp, jaxhess as jh
       >>> criterion = jh.CrossEntropy(labels=lambda batch: batch[1])
       >>> round(float(criterion(jnp.zeros((2, 4)), (None, jnp.array([3, 0])))), 4)
       1.3863
+      >>> padded = jh.CrossEntropy(weights=lambda batch: batch["label"] >= 0)
+      >>> round(float(padded(jnp.zeros((3, 4)), {"label": jnp.array([3, -1, 0])})), 4)
+      1.3863
 
     Reference: Papyan 2019, Measurements of three-level hierarchical structure, section 2.
     """
 
+    weights: Callable[[PyTree], jax.Array] | None = None
+
     def __call__(self, outputs: jax.Array, batch: PyTree) -> jax.Array:
         """The mean cross-entropy, a scalar."""
-        labels = self._checked(outputs, batch)
-        losses = optax.softmax_cross_entropy_with_integer_labels(outputs, jnp.maximum(labels, 0))
-        return (losses * self._poison(outputs, labels)).mean()
+        labels = jnp.clip(self._checked(outputs, batch), 0, outputs.shape[-1] - 1)
+        losses = optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
+        return (losses * self._shares(outputs, batch)).sum()
 
-    @staticmethod
-    def _poison(outputs, labels):
-        """One, and NaN in rows whose label is out of range: as a factor it reaches every derivative."""
-        return jnp.where((labels >= 0) & (labels < outputs.shape[-1]), 1, jnp.nan).astype(outputs.dtype)
+    def _shares(self, outputs, batch):
+        """What each row counts, in sum one; NaN for a label out of range: as a factor it reaches every derivative."""
+        labels, weights = self._checked(outputs, batch), self._weights(outputs, batch)
+        known = (labels >= 0) & (labels < outputs.shape[-1])
+        if weights is None:
+            shares = 1 / _rows(outputs)
+        else:
+            known |= weights == 0
+            shares = weights / weights.sum()
+        return jnp.where(known, shares, jnp.nan).astype(outputs.dtype)
+
+    def _weights(self, outputs, batch):
+        if self.weights is None:
+            return None
+        weights = jnp.asarray(self.weights(batch))
+        if weights.shape != outputs.shape[:-1]:
+            raise ValueError(
+                f"weights of shape {weights.shape} do not fit outputs of shape {outputs.shape}: "
+                f"one weight for each row, {outputs.shape[:-1]}, is needed"
+            )
+        return weights.astype(jnp.promote_types(outputs.dtype, jnp.float32))
 
     def _checked(self, outputs, batch):
         labels = self._read(batch)
@@ -114,15 +139,21 @@ class CrossEntropy(_Labelled):
         return labels.astype(jnp.int32)  # in a narrow type the number of classes itself might not fit
 
     def check(self, outputs: jax.ShapeDtypeStruct, batch: PyTree) -> None:
-        """Raises ValueError for labels outside 0..C-1, where their values are known (not under ``jit``)."""
-        labels = self._checked(outputs, batch)
-        if isinstance(self.labels(batch), jax.core.Tracer) or labels.size == 0:
+        """Raises ValueError for labels outside 0..C-1 and for weights that are none, where values are known."""
+        size, weights = self._checked(outputs, batch).size, self._weights(outputs, batch)
+        labels, classes = self.labels(batch), outputs.shape[-1]
+        if weights is not None and not isinstance(weights, jax.core.Tracer):
+            if not (float(weights.min(initial=0)) >= 0 and 0 < float(weights.sum()) < np.inf):
+                raise ValueError("weights of rows that are negative, not finite, or all zero make no mean; mend them")
+            labels = labels if isinstance(labels, jax.core.Tracer) else jnp.where(weights > 0, labels, 0)
+        elif weights is not None:
             return
-        known, classes = self.labels(batch), outputs.shape[-1]
-        if isinstance(known, jax.Array) and not known.is_fully_addressable:  # other processes hold some of them
-            low, high = int(jnp.min(known)), int(jnp.max(known))
+        if isinstance(labels, jax.core.Tracer) or size == 0:
+            return
+        if isinstance(labels, jax.Array) and not labels.is_fully_addressable:  # other processes hold some of them
+            low, high = int(jnp.min(labels)), int(jnp.max(labels))
         else:  # in numpy, so that known labels can be read inside the tracing of something else too
-            numbers = np.asarray(known)
+            numbers = np.asarray(labels)
             low, high = int(numbers.min()), int(numbers.max())
         if low < 0 or high >= classes:
             raise ValueError(f"labels run from {low} to {high}, outside 0..{classes - 1} for {classes} outputs")
@@ -133,7 +164,7 @@ class CrossEntropy(_Labelled):
         # S is blind to shifts of t: one that is zero where p is largest loses no digits as p saturates.
         tangent = tangent - jnp.take_along_axis(tangent, outputs.argmax(-1, keepdims=True), -1)
         product = p * (tangent - (p * tangent).sum(-1, keepdims=True))
-        return product * (self._poison(outputs, self._checked(outputs, batch)) / _rows(outputs))[..., None]
+        return product * self._shares(outputs, batch)[..., None]
 
     def factor_product(self, outputs: jax.Array, batch: PyTree, noise: jax.Array) -> jax.Array:
         """B e with B B' = S, the 1/N of the mean included; ``noise`` like ``outputs``."""
@@ -141,7 +172,7 @@ class CrossEntropy(_Labelled):
         root = jnp.exp(jax.nn.log_softmax(outputs) / 2)
         scaled = root * noise
         product = scaled - root**2 * scaled.sum(-1, keepdims=True)
-        return product * (self._poison(outputs, self._checked(outputs, batch)) / _rows(outputs) ** 0.5)[..., None]
+        return product * jnp.sqrt(self._shares(outputs, batch))[..., None]
 
 
 @dataclasses.dataclass(frozen=True)

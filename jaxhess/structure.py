@@ -232,6 +232,8 @@ def class_structures(loss, params, batch, num_classes, layers, weighting, max_by
         raise ValueError(f"unknown weighting {weighting!r}; choose 'p' or 'legacy_sqrt_p'")
     if not isinstance(loss.criterion, CrossEntropy):
         raise TypeError(f"classes are those of cross-entropy; the criterion is {loss.criterion!r}")
+    if loss.criterion.weights is not None:
+        raise TypeError("the class structure is that of the plain mean; give a CrossEntropy without weights")
     probabilities = _to_host(jax.nn.softmax(_outputs(loss, params, batch))).astype(np.float64)
     classes = probabilities.shape[-1]
     if num_classes != classes:

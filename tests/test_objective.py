@@ -23,8 +23,18 @@ def squared_error_data(shape):
     return helpers.normal(1, *shape), {"label": helpers.normal(2, *shape)}
 
 
+def weighted_data(shape):
+    """The first row is padding, with a label that is none, where there are others."""
+    outputs, batch = cross_entropy_data(shape)
+    weights = np.random.default_rng(3).uniform(0.1, 2, shape[:-1])
+    if len(weights.ravel()) > 1:
+        weights.flat[0], batch["label"].flat[0] = 0, -100
+    return outputs, batch | {"weight": weights}
+
+
 KNOWN = {
     "cross-entropy": (jh.cross_entropy, cross_entropy_data),
+    "weighted cross-entropy": (jh.CrossEntropy(weights=lambda batch: batch["weight"]), weighted_data),
     "squared error": (jh.squared_error, squared_error_data),
 }
 
@@ -87,6 +97,35 @@ def test_labels_may_be_anywhere():
     one_hot = jh.SquaredError(labels=lambda batch: jax.nn.one_hot(batch["label"], 3))
     expected = ((outputs - np.eye(3)[batch["label"]]) ** 2).sum(-1).mean()
     np.testing.assert_allclose(one_hot(outputs, batch), expected, rtol=1e-5)
+
+
+def test_a_mask_is_the_mean_over_what_it_leaves():
+    outputs, batch = cross_entropy_data((2, 5, 3))
+    mask = np.array([[True] * 5, [True, False, False, True, False]])
+    masked = jh.CrossEntropy(weights=lambda batch: batch["label"] >= 0)
+    padded = {"label": np.where(mask, batch["label"], -100)}
+    left, labels = outputs[mask], {"label": batch["label"][mask]}
+    np.testing.assert_allclose(masked(outputs, padded), jh.cross_entropy(left, labels), rtol=1e-6)
+    masked.check(outputs, padded)
+    gradient = jax.jit(jax.grad(masked))(outputs, padded)
+    np.testing.assert_allclose(gradient[mask], jax.grad(jh.cross_entropy)(left, labels), atol=1e-7)
+    assert not gradient[~mask].any()
+
+
+@pytest.mark.parametrize(
+    ("weights", "label", "message"),
+    [
+        ([1.0, 1.0, 1.0], 0, r"weights of shape \(3,\).*\(2, 3\).*\(2,\)"),
+        ([1.0, -1.0], 0, "negative"),
+        ([0.0, 0.0], 0, "all zero"),
+        ([1.0, np.nan], 0, "not finite"),
+        ([1.0, 0.5], 3, r"labels run from 0 to 3, outside 0\.\.2"),
+    ],
+)
+def test_weights_that_make_no_mean(weights, label, message):
+    criterion = jh.CrossEntropy(weights=lambda batch: batch["weight"])
+    with pytest.raises(ValueError, match=message):
+        criterion.check(jnp.zeros((2, 3)), {"label": np.array([0, label]), "weight": np.array(weights)})
 
 
 def test_underflowing_probabilities_have_a_finite_factor_and_derivative():
