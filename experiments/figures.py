@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -172,10 +173,15 @@ def run_over_training(config: OverTraining, out_dir: pathlib.Path, data_dir: str
     results.save_json(out_dir / "numbers.json", numbers)
 
 
-def over_training_title(config: Mapping[str, Any]) -> str:
-    """What was run, for figures over training."""
+def told_apart(config: Mapping[str, Any], numbers: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """The records of figures over training by names no longer than needed, and a title that says the rest."""
     trials = f", mean and standard deviation of {config['trials']} trials" if config["trials"] > 1 else ""
-    return f"Hessian at {config['images_per_class']} training images a class, over training{trials}"
+    title = f"Hessian at {config['images_per_class']} training images a class, over training{trials}"
+    split = {name: re.split(r"(?= \(width| on )", name, maxsplit=1) for name in numbers}
+    rests = {rest for _, rest in split.values()}
+    if len(rests) > 1:
+        return dict(numbers), title
+    return {split[name][0]: record for name, record in numbers.items()}, f"Nets{rests.pop()}\n{title}"
 
 
 def scale_free(record: Mapping[str, Any]) -> np.ndarray:

@@ -149,8 +149,9 @@ def over_epochs(
         axis.set_title(quantity, **_STYLE)
         if epochs is not None:
             axis.set_yscale("log")
-    figure.supxlabel("epoch", **_STYLE)
-    axes[0].legend(fontsize=7, frameon=False)
+        axis.set_xlabel("epoch", **_STYLE)
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", fontsize=7, frameon=False, ncols=min(4, len(handles[0])))
     return figure
 
 

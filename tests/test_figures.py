@@ -90,7 +90,7 @@ def test_curvature_over_training(out, capsys, name):
     for layer in ("fc1", "fc3", "total"):
         for metric in figures.METRICS:
             assert np.shape(record[f"{metric}/{layer}"]) == (2, 3) and np.isfinite(record[f"{metric}/{layer}"]).all()
-    assert "MLP on digits (1,000 images)" in printed
+    assert "Nets on digits (1,000 images)" in printed and "MLP: " in printed
     redraws_alike(out, name)
     # The three figures show the same trainings.
     assert len(list(out.glob("fig[456]/net-*.npz"))) == 2

@@ -21,12 +21,14 @@ run = figures.run_over_training
 def draw(out_dir: pathlib.Path) -> None:
     """Draws the figure from the saved numbers, and prints them at the end of training."""
     config, numbers = results.load_json(out_dir / "config.json"), results.load_json(out_dir / "numbers.json")
+    numbers, title = figures.told_apart(config, numbers)
+    print(title)
     panels = {
         "Tr(Hess)": {name: record["trace/total"] for name, record in numbers.items()},
         r"$\sum_l$ Tr(Hess$_l$) $\|w_l\|^2$": {name: figures.scale_free(record) for name, record in numbers.items()},
     }
     epochs = {name: record["epochs"] for name, record in numbers.items()}
-    plot.save(plot.over_epochs(panels, figures.over_training_title(config), epochs=epochs), out_dir / "figure.png")
+    plot.save(plot.over_epochs(panels, title, epochs=epochs), out_dir / "figure.png")
     for name, record in numbers.items():
         print(f"{name}: Tr(Hess) {figures.course(record['epochs'], record['trace/total'])}")
         print(f"{name}: sum of Tr(Hess_l) ||w_l||^2 {figures.course(record['epochs'], figures.scale_free(record))}")

@@ -24,6 +24,8 @@ run = figures.run_over_training
 def draw(out_dir: pathlib.Path) -> None:
     """Draws the figure from the saved numbers, and says which layers come closest."""
     config, numbers = results.load_json(out_dir / "config.json"), results.load_json(out_dir / "numbers.json")
+    numbers, title = figures.told_apart(config, numbers)
+    print(title)
     panels = {}
     for name, record in numbers.items():
         layers = [metric.removeprefix("lambda_max/") for metric in record if metric.startswith("lambda_max/")]
@@ -34,4 +36,4 @@ def draw(out_dir: pathlib.Path) -> None:
         inside = sum(layers[i] in middle for i in largest)
         print(f"{name}: closest at epochs {record['epochs']}: {[layers[i] for i in largest]}")
         print(f"{name}: a middle layer ({middle[0]} to {middle[-1]}) in {inside} of {len(largest)}")
-    plot.save(plot.layers_over_epochs(panels, figures.over_training_title(config)), out_dir / "figure.png")
+    plot.save(plot.layers_over_epochs(panels, title), out_dir / "figure.png")
