@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -67,7 +68,7 @@ def log_densities(spectra: Mapping[str, Mapping[str, jh.Spectrum]], title: str) 
     for axis, layer in zip(axes, layers, strict=False):
         floor, top = np.inf, -np.inf
         for kind, color, dash in zip(spectra, COLORS, DASHES, strict=False):
-            spectrum = spectra[kind][layer]
+            spectrum = at_least_one(spectra[kind][layer])
             grid, log_density = spectrum.log_density()
             log_density = log_density / np.log(10)
             axis.plot(grid, log_density, color=color, linestyle=dash, linewidth=1.2, label=label(kind))
@@ -80,6 +81,17 @@ def log_densities(spectra: Mapping[str, Mapping[str, jh.Spectrum]], title: str) 
     figure.supylabel(r"$\log_{10}$ density", **_STYLE)
     axes[0].legend(fontsize=7, frameon=False)
     return figure
+
+
+def at_least_one(spectrum: jh.Spectrum) -> jh.Spectrum:
+    """A spectrum in which each Ritz value that has converged, for itself, weighs as one eigenvalue or more.
+
+    One is there for certain, and an unlucky start vector may give it so little weight that no picture shows it.
+    """
+    apart = np.minimum(np.diff(spectrum.nodes, prepend=-np.inf), np.diff(spectrum.nodes, append=np.inf))
+    least = np.where(spectrum.residuals < apart / 4, 1 / spectrum.dim, 0)
+    weights = np.maximum(spectrum.weights, least)
+    return dataclasses.replace(spectrum, weights=weights / weights.sum())
 
 
 def layer_distances(distances: Mapping[str, Mapping[str, Mapping[str, float]]], title: str) -> Figure:

@@ -389,6 +389,17 @@ def test_figures_of_several_nets_and_of_many_layers(tmp_path):
     assert 0 < (tmp_path / "many.png").stat().st_size < 200_000
 
 
+def test_an_eigenvalue_that_was_found_is_seen():
+    """Whatever the start vector gave it: half of nothing, and no more than it had where it is not known for itself."""
+    weights = [1 - 3e-6, 1e-6, 1e-6, 1e-6 - 1e-12, 1e-12]
+    spectrum = jh.Spectrum([0.0, 1.0, 1.1, 5.0, 9.0], weights, 1000, residuals=[0.4, 0.05, 0.05, 1e-3, 1e-3])
+    shown = plot.at_least_one(spectrum)
+    np.testing.assert_allclose(shown.weights * 1000, [998, 1e-3, 1e-3, 1, 1], rtol=0.01)
+    figure = plot.log_densities({"hessian": {"total": spectrum}}, "one net")
+    grid, log_density = figure.axes[0].lines[0].get_data()
+    assert log_density[np.argmin(np.abs(grid - 9))] > figure.axes[0].get_ylim()[0] + 1
+
+
 # ---- the command line ----
 
 
