@@ -344,7 +344,9 @@ def _band(axis, x, trials, **style):
     trials = np.asarray(trials)
     mean, deviation = trials.mean(0), trials.std(0, ddof=len(trials) > 1)
     axis.plot(x, mean, linewidth=1.2, **style)
-    axis.fill_between(x, mean - deviation, mean + deviation, color=style["color"], alpha=0.15, linewidth=0)
+    # No further than the trials: with few of them a deviation can reach below zero, which a log axis cannot show.
+    low, high = np.maximum(mean - deviation, trials.min(0)), np.minimum(mean + deviation, trials.max(0))
+    axis.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
 def _grid(count, title, height=1.9):

@@ -140,21 +140,22 @@ class CrossEntropy(_Labelled):
 
     def check(self, outputs: jax.ShapeDtypeStruct, batch: PyTree) -> None:
         """Raises ValueError for labels outside 0..C-1 and for weights that are none, where values are known."""
-        size, weights = self._checked(outputs, batch).size, self._weights(outputs, batch)
-        labels, classes = self.labels(batch), outputs.shape[-1]
-        if weights is not None and not isinstance(weights, jax.core.Tracer):
-            if not (float(weights.min(initial=0)) >= 0 and 0 < float(weights.sum()) < np.inf):
+        size, classes = self._checked(outputs, batch).size, outputs.shape[-1]
+        self._weights(outputs, batch)
+        labels, weights = self.labels(batch), None if self.weights is None else self.weights(batch)
+        if size == 0 or any(isinstance(x, jax.core.Tracer) for x in (labels, weights)):
+            return
+        spread = any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in (labels, weights))
+        # Where other processes hold some of them in jax; else in numpy, which can read what is known inside the tracing
+        # of something else too.
+        xp = jnp if spread else np
+        labels = xp.asarray(labels)
+        if weights is not None:
+            weights = xp.asarray(weights)
+            if not (xp.min(weights) >= 0 and 0 < xp.sum(weights) < np.inf):
                 raise ValueError("weights of rows that are negative, not finite, or all zero make no mean; mend them")
-            labels = labels if isinstance(labels, jax.core.Tracer) else jnp.where(weights > 0, labels, 0)
-        elif weights is not None:
-            return
-        if isinstance(labels, jax.core.Tracer) or size == 0:
-            return
-        if isinstance(labels, jax.Array) and not labels.is_fully_addressable:  # other processes hold some of them
-            low, high = int(jnp.min(labels)), int(jnp.max(labels))
-        else:  # in numpy, so that known labels can be read inside the tracing of something else too
-            numbers = np.asarray(labels)
-            low, high = int(numbers.min()), int(numbers.max())
+            labels = xp.where(weights > 0, labels, 0)
+        low, high = int(xp.min(labels)), int(xp.max(labels))
         if low < 0 or high >= classes:
             raise ValueError(f"labels run from {low} to {high}, outside 0..{classes - 1} for {classes} outputs")
 

@@ -112,6 +112,18 @@ def test_a_mask_is_the_mean_over_what_it_leaves():
     assert not gradient[~mask].any()
 
 
+def test_weights_that_are_known_inside_a_tracing():
+    p = problem("mlp")
+    batch = p.batch | {"weight": np.ones(p.batch["label"].shape, np.float32)}
+    weighted = jh.Objective(p.objective.predict, jh.CrossEntropy(weights=lambda batch: batch["weight"]))
+    found = jax.jit(lambda params: jh.hessian(weighted, params, batch)(params))(p.params)
+    expected = jh.hessian(p.objective, p.params, p.batch)(p.params)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), found, expected)
+    batch["weight"][0] = -1
+    with pytest.raises(ValueError, match="negative"):
+        jax.jit(lambda params: jh.hessian(weighted, params, batch)(params))(p.params)
+
+
 @pytest.mark.parametrize(
     ("weights", "label", "message"),
     [
