@@ -74,7 +74,7 @@ def executed():
 PRINTED = {
     "tour": ["test accuracy 9", "conv1", "+-"],
     "htr_in_your_loop": ["gamma = 0.01", "left out 0", "p = "],
-    "paper": ["CE + HTR", "silhouette", "HTR lowers the trace", "absent"],
+    "paper": ["CE + HTR", "silhouette", "HTR lowers the trace", "outliers of G_l", "generalisation gap at the end"],
 }
 
 
