@@ -11,10 +11,10 @@ demo: $(VENV)/experiments  ## train a small net on real digits, measure every la
 	$(BIN)/python -m experiments.run demo
 
 test: $(VENV)/test  ## the tests; real data sets too where JAXHESS_DATA_DIR says where they are
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --max-worker-restart 0 --dist loadfile -m "not slow"
 
 test-all: $(VENV)/test  ## the tests with the slow, full-size ones
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --max-worker-restart 0 --dist loadfile
 
 lint: $(VENV)/lint  ## ruff and mypy
 	$(BIN)/ruff check .
