@@ -20,6 +20,8 @@ from jaxhess.trace import check_count, check_key, random_like, sampler
 PyTree = Any
 Layers = str | Sequence[str] | Mapping[str, float]
 
+UNROLLED = 16  # probes, one after another: each vmapped one has its kernels' tangents, for which convolutions are slow
+
 
 def hessian_trace_penalty(
     loss: Callable,
@@ -51,7 +53,7 @@ def hessian_trace_penalty(
       key: a JAX random key.
       layers: "all"; "middle" (`middle_layers` in network order, of three layers all); names; or {name: weight} with
         weights >= 0. Scanned layers are named as a whole or by slices, not both.
-      num_probes: probes, vmapped.
+      num_probes: probes; up to 16 are unrolled in the program, more are vmapped, which is slower for convolutions.
       curvature: "hessian" or "ggn".
       probe: "rademacher" or "gaussian".
       has_aux: as for `hessian`.
@@ -201,8 +203,11 @@ def _penalty(spec, params, batch, key):
         if spec.num_probes == 1:
             return one(spec, params, batch, key)
         keys = jax.random.split(key, spec.num_probes)
-        results = jax.vmap(lambda k: one(spec, params, batch, k))(keys)
-        return jax.tree.map(lambda x: x.mean(0), results)
+        if spec.num_probes <= UNROLLED:
+            found = [one(spec, params, batch, k) for k in keys]
+            return jax.tree.map(lambda *x: sum(x) / len(x), *found)
+        found = jax.vmap(lambda k: one(spec, params, batch, k))(keys)
+        return jax.tree.map(lambda x: x.mean(0), found)
 
 
 def _hessian_form(spec, params, batch, key):

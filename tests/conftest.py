@@ -16,7 +16,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """Compiled programs go after each file: each holds pieces of memory, of which the kernel grants a process 65,530."""
+    """Compiled programs go after each file: a process may hold 65,530 pieces of memory, and all files need as many."""
     yield
     jax.clear_caches()
 

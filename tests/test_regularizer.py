@@ -11,6 +11,7 @@ import pytest
 from helpers import problem
 
 import jaxhess as jh
+from jaxhess import regularizer
 
 NETS = {"mlp": "fc1", "conv, batch norm": "norm", "lenet": "conv2"}
 FORMS = ["hessian", "ggn"]
@@ -81,6 +82,16 @@ def test_on_a_cubic_it_is_exact():
 
 
 # ---- the value ----
+
+
+@pytest.mark.parametrize("num_probes", [3, regularizer.UNROLLED + 1])
+@pytest.mark.parametrize("curvature", FORMS)
+def test_of_many_probes_it_is_the_mean(curvature, num_probes):
+    p = problem("mlp")
+    value, gradient = penalty(p, curvature=curvature, num_probes=num_probes)
+    alone = [penalty(p, curvature=curvature, key=key) for key in jax.random.split(KEY, num_probes)]
+    np.testing.assert_allclose(value, np.mean([v for v, _ in alone]), rtol=1e-5)
+    assert helpers.distance(helpers.ravel(gradient), np.mean([helpers.ravel(g) for _, g in alone], 0)) < 1e-5
 
 
 @pytest.mark.parametrize("curvature", FORMS)
