@@ -33,6 +33,7 @@ ARMS = {
     "htr_l2": "CE + HTR + L2",
     "l2": "CE + L2",
 }
+SETTINGS = {"released": "settings of the released scripts", "paper": "settings of the paper's text"}
 METRICS = {"test_error": "test error", "trace": "trace"}
 
 
@@ -121,8 +122,8 @@ class Config:
     num_steps: int = 64
 
     def __post_init__(self):
-        if self.preset not in ("released", "paper"):
-            raise ValueError(f"unknown preset {self.preset!r}; choose 'released' or 'paper'")
+        if self.preset not in SETTINGS:
+            raise ValueError(f"unknown preset {self.preset!r}; choose from {sorted(SETTINGS)}")
         if self.trials < 1:
             raise ValueError(f"trials must be at least 1, got {self.trials}")
         if self.epochs < 0:
@@ -266,7 +267,7 @@ def print_table(out_dir: pathlib.Path, claims: Sequence[Claim]) -> None:
     length = config["epochs"] or f"{row(config['model'], config['dataset']).epochs} (the preset's)"
     trials = len(next(iter(numbers.values())))
     print(
-        f"{plot.label(config['model'])} on {plot.label(config['dataset'])}, settings {config['preset']}, "
+        f"{plot.label(config['model'])} on {plot.label(config['dataset'])}, {SETTINGS[config['preset']]}, "
         f"epochs: {length}, penalty: {config['curvature']} every {config['every']} steps; "
         f"mean +- standard deviation of {trials} trials"
     )
@@ -287,6 +288,10 @@ def print_table(out_dir: pathlib.Path, claims: Sequence[Claim]) -> None:
     for claim in claims:
         values = {arm: [r[claim.metric] for r in records] for arm, records in numbers.items()}
         print(judge(claim, values, tests=len(claims)))
+    if trials > 2:
+        for arm, records in numbers.items():
+            found = rank_correlation(*([r[name] for r in records] for name in ("trace", "gap")), f"over {trials} seeds")
+            print(f"{ARMS[arm]}: {found}")
     spectra = results.load_arrays(out_dir / "spectra.npz")
     merged = {ARMS[arm]: {"total": _merged(measure.unpack(spectra, arm).values())} for arm in numbers}
     words = f"Hessian at the end of training; {title(config, 'mean')}"
@@ -434,6 +439,14 @@ def skipped_words(history: Mapping[str, np.ndarray]) -> str:
     return f", {count} penalties left out because they were not finite" if count else ""
 
 
+def rank_correlation(traces: Sequence[float], gaps: Sequence[float], where: str) -> str:
+    """How far the trace goes with the generalisation gap, in words: Spearman's rank correlation."""
+    found = scipy.stats.spearmanr(traces, gaps)
+    # The p-value is asymptotic: of three epochs in a row it would be zero.
+    p_value = f" (p = {found.pvalue:.2g})" if len(traces) >= 10 else ""
+    return f"rank correlation of trace and generalisation gap {where} {found.statistic:.2f}{p_value}"
+
+
 def print_sweep(numbers: Mapping[str, Mapping], reference: str, words: str = "{} lowers the test error") -> None:
     """Prints the last test error of every setting, and its paired test against a reference."""
     errors = {name: [values[-1] for values in metrics["test_error"]] for name, metrics in numbers.items()}
@@ -449,6 +462,6 @@ def title(config: Mapping, words: str = "mean and standard deviation") -> str:
     """What was run, for figures."""
     epochs = config["epochs"] or row(config["model"], config["dataset"]).epochs
     return (
-        f"{plot.label(config['model'])} on {plot.label(config['dataset'])}, {epochs} epochs, settings "
-        f"{config['preset']}; {words} of {config['trials']} trials"
+        f"{plot.label(config['model'])} on {plot.label(config['dataset'])}, {epochs} epochs, "
+        f"{SETTINGS[config['preset']]}; {words} of {config['trials']} trials"
     )

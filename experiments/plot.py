@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 import jaxhess as jh
@@ -199,7 +201,8 @@ def accuracies(numbers: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], t
         style = dict(color=color, marker="o", markersize=4, capsize=3)
         differences.errorbar(x, values.mean(), values.std(ddof=len(values) > 1), **style)
         differences.plot(np.full(len(values), x + 0.2), values, "_", color="0.4", markersize=6)
-    differences.set_yscale("symlog", linthresh=0.1)  # from nothing to what ruins the net
+    if max(abs(last[name] - last[reference]).max() for name in others) > 0.1:
+        differences.set_yscale("symlog", linthresh=0.1)  # from nothing to what ruins the net
     differences.set_xticks(range(len(others)), others, rotation=45, ha="right")
     differences.set_ylabel(f"test error - that of {reference}, points", **_STYLE)
     return figure
@@ -226,8 +229,15 @@ def layers_over_epochs(
             _band(axis, epochs, trials, color=color, label=words, linestyle=DASHES[layer == "total"])
         axis.set_yscale("log")
         axis.set_title(name, **_STYLE)
-        where = dict(loc="center left", bbox_to_anchor=(1, 0.5))
-        axis.legend(fontsize=5 if len(layers) > 12 else 6, frameon=False, labelspacing=0.2, handlelength=1.2, **where)
+        where = dict(fontsize=6, frameon=False, labelspacing=0.2, handlelength=1.2)
+        if len(layers) <= 12:
+            axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), **where)
+            continue
+        axis.legend(handles=axis.lines[-1:], **where)  # so many shades need a scale, not names
+        names = [layer for layer in layers if layer != "total"]
+        scale = ScalarMappable(cmap=ListedColormap(shades))
+        bar = figure.colorbar(scale, ax=axis, ticks=[0, 1], aspect=30, pad=0.02)
+        bar.ax.set_yticklabels([names[0], names[-1]], fontsize=6)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     figure.supylabel(r"$\lambda_{\max}$", **_STYLE)
@@ -257,6 +267,10 @@ def clusters(panels: Mapping[str, tuple[np.ndarray, float]], classes: int, title
         axis.set_yticks([])
         axis.spines[:].set_visible(True)
         axis.set_title(f"{'full' if layer == 'total' else layer} (silhouette {silhouette:.2f})", **_STYLE)
+    if classes <= 20:
+        handles = [axes[0].scatter([], [], color=color, s=12, label=str(c)) for c, color in enumerate(colors)]
+        style = dict(loc="outside lower center", fontsize=7, frameon=False, columnspacing=0.8, handletextpad=0.1)
+        figure.legend(handles=handles, title="class c of the examples", title_fontsize=7, ncols=min(10, classes), **style)
     return figure
 
 

@@ -43,8 +43,8 @@ def hessian_trace_penalty(
     w g, and the term through B. Terms that couple two layers have mean zero: the penalty is the trace of the diagonal
     blocks only, and for equal weights of the whole Hessian too.
 
-    For piecewise linear nets with fixed batch statistics both forms have the same mean; "ggn" is then the more precise
-    one, and costs about as much. A criterion without a closed-form factor is taken with v over the parameters.
+    For piecewise linear nets with fixed batch statistics both forms have the same mean; on those that were measured
+    the values of "ggn" vary less, at about the same cost. A criterion without a closed-form factor is taken with v over the parameters.
 
     Args:
       loss: ``loss(params, batch) -> scalar``; for "ggn" an `Objective`.

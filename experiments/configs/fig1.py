@@ -17,6 +17,7 @@ import pathlib
 import time
 
 import jax
+import numpy as np
 
 import jaxhess as jh
 from experiments import figures, measure, plot, results
@@ -100,9 +101,14 @@ def draw(out_dir: pathlib.Path) -> None:
     """Draws the figure from the saved numbers."""
     config, numbers = results.load_json(out_dir / "config.json"), results.load_json(out_dir / "numbers.json")
     arrays = results.load_arrays(out_dir / "numbers.npz")
+    spectra = {kind: measure.unpack(arrays, kind) for kind in config["curvatures"]}
+    words = {kind: figures.how(config) for kind in spectra}
+    if "ggn" in spectra and all(np.ptp(found.residuals) == 0 for found in spectra["ggn"].values()):
+        words["ggn"] = "exact"  # Ritz values would have residuals of their own each
     title = (
-        f"{figures.about(config, config['model'], config['dataset'])}, test accuracy {numbers['test_accuracy']:.1%}:\n"
-        f"spectra at {numbers['images']} training images, {figures.how(config)}"
+        f"{figures.about(config, config['model'], config['dataset'])}, test accuracy {numbers['test_accuracy']:.1%}; "
+        f"spectra at {numbers['images']} training images\n"
+        + "; ".join(f"{plot.label(kind)}: {how}" for kind, how in words.items())
     )
-    figure = plot.log_densities({kind: measure.unpack(arrays, kind) for kind in config["curvatures"]}, title)
+    figure = plot.log_densities(spectra, title)
     plot.save(figure, out_dir / "figure.png")

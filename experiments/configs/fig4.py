@@ -10,9 +10,8 @@ from __future__ import annotations
 import pathlib
 
 import numpy as np
-import scipy.stats
 
-from experiments import figures, plot, results
+from experiments import arms, figures, plot, results
 from experiments.figures import OverTraining as Config
 
 __all__ = ["Config", "draw", "run"]
@@ -39,14 +38,7 @@ def draw(out_dir: pathlib.Path) -> None:
         traces = np.mean(record["trace/total"], 0)[-len(measured) :]
         gaps = np.mean(record["gap"], 0)[np.array(measured) - 1]
         if len(measured) > 2:
-            found = scipy.stats.spearmanr(traces, gaps)
-            # The p-value is asymptotic: of three epochs in a row it would be zero.
-            p_value = f" (p = {found.pvalue:.2g})" if len(measured) >= 10 else ""
-            print(
-                f"{name}: rank correlation of trace and generalisation gap over {len(measured)} epochs "
-                f"{found.statistic:.2f}{p_value}"
-            )
+            print(f"{name}: {arms.rank_correlation(traces, gaps, f'over {len(measured)} epochs')}")
     traces, gaps = ([np.mean(record[key], 0)[-1] for record in numbers.values()] for key in ("trace/total", "gap"))
     if len(numbers) > 2:
-        statistic = scipy.stats.spearmanr(traces, gaps).statistic
-        print(f"rank correlation of trace and generalisation gap at the end over {len(numbers)} nets {statistic:.2f}")
+        print(arms.rank_correlation(traces, gaps, f"at the end over {len(numbers)} nets"))

@@ -12,6 +12,8 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 
+import numpy as np
+
 from experiments import arms, plot, results
 
 
@@ -40,4 +42,10 @@ def draw(out_dir: pathlib.Path) -> None:
     for name, values in last.items():
         accuracy = [100 * trial[-1] for trial in numbers[name]["train_accuracy"]]
         print(f"{name}: training accuracy {arms.spread(accuracy, '.2f')} %, sum of traces {arms.spread(values, '.4g')}")
+    for name, metrics in numbers.items():
+        traces, accuracy, error = (
+            np.mean(metrics[metric], 0) for metric in ("trace/total", "train_accuracy", "test_error")
+        )
+        where = f"over {len(error)} epochs"
+        print(f"{name}: {arms.rank_correlation(traces[-len(error) :], accuracy - 1 + error, where)}")
     print(arms.judge(arms.Claim("CE + HTR", "CE", "HTR lowers the sum of traces at the end", "trace"), last))
