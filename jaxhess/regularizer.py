@@ -14,13 +14,11 @@ import optax
 from jaxhess.batches import Batches
 from jaxhess.layers import find_layers, layer_names, middle_layers
 from jaxhess.objective import output_factor_product, output_hessian_product
-from jaxhess.operators import prepare
+from jaxhess.operators import UNROLLED, prepare
 from jaxhess.trace import check_count, check_key, random_like, sampler
 
 PyTree = Any
 Layers = str | Sequence[str] | Mapping[str, float]
-
-UNROLLED = 16  # probes, one after another: each vmapped one has its kernels' tangents, for which convolutions are slow
 
 
 def hessian_trace_penalty(
@@ -203,7 +201,7 @@ def _penalty(spec, params, batch, key):
         if spec.num_probes == 1:
             return one(spec, params, batch, key)
         keys = jax.random.split(key, spec.num_probes)
-        if spec.num_probes <= UNROLLED:
+        if spec.num_probes <= UNROLLED:  # as `map_rows`, but no gradient is kept beside the sum
             found = [one(spec, params, batch, k) for k in keys]
             return jax.tree.map(lambda *x: sum(x) / len(x), *found)
         found = jax.vmap(lambda k: one(spec, params, batch, k))(keys)

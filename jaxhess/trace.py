@@ -15,7 +15,7 @@ import optax
 from jaxhess.batches import Batches, first_batch
 from jaxhess.layers import Layer, find_layers, layer_names
 from jaxhess.objective import check_factor, output_factor_product
-from jaxhess.operators import _Product, apply_stacked, check_batches, prepare
+from jaxhess.operators import _Product, apply_stacked, check_batches, map_rows, prepare
 
 PyTree = Any
 _CHUNK = 8
@@ -273,7 +273,7 @@ def _product_forms(spec, params, batch, keys):
         product_v = product(params, batch, v)
         return jnp.stack([optax.tree.vdot(layer.arrays(v), layer.arrays(product_v)) for layer in spec.layers])
 
-    return jax.vmap(one)(keys)
+    return map_rows(one, keys)
 
 
 def _ggn_forms(spec, params, batch, keys):
