@@ -269,8 +269,8 @@ def clusters(panels: Mapping[str, tuple[np.ndarray, float]], classes: int, title
         axis.set_title(f"{'full' if layer == 'total' else layer} (silhouette {silhouette:.2f})", **_STYLE)
     if classes <= 20:
         handles = [axes[0].scatter([], [], color=color, s=12, label=str(c)) for c, color in enumerate(colors)]
-        style = dict(loc="outside lower center", fontsize=7, frameon=False, columnspacing=0.8, handletextpad=0.1)
-        figure.legend(handles=handles, title="class c of the examples", title_fontsize=7, ncols=min(10, classes), **style)
+        style = dict(loc="outside lower center", fontsize=7, title_fontsize=7, frameon=False, columnspacing=0.8)
+        figure.legend(handles=handles, title="class c of the examples", ncols=10, handletextpad=0.1, **style)
     return figure
 
 

@@ -42,7 +42,8 @@ def hessian_trace_penalty(
     blocks only, and for equal weights of the whole Hessian too.
 
     For piecewise linear nets with fixed batch statistics both forms have the same mean; on those that were measured
-    the values of "ggn" vary less, at about the same cost. A criterion without a closed-form factor is taken with v over the parameters.
+    the values of "ggn" vary less, at about the same cost. A criterion without a closed-form factor is taken with v
+    over the parameters.
 
     Args:
       loss: ``loss(params, batch) -> scalar``; for "ggn" an `Objective`.

@@ -37,7 +37,7 @@ class Spectrum:
       weights: (m,) float64, not negative, sum 1.
       dim: the number of eigenvalues, so that dim * mean is the trace.
       num_steps: the Lanczos steps of a draw, which set the width of the density; 128 for an exact spectrum.
-      residuals: (m,) residual norms of the Ritz pairs; zeros for an exact spectrum (from `layer_spectra` their rounding).
+      residuals: (m,) residual norms of the Ritz pairs; of an exact spectrum zeros, or its rounding.
 
     Raises:
       ValueError: for nodes and weights of different lengths, no nodes, values that are not finite, negative weights

@@ -210,5 +210,5 @@ def _panels(numbers, layers, most):
         "Tr of the net, standard error": ("gradients spent, Rademacher probes", probes),
         "G, deviation between sets of images": ("images", images),
         "G of the net, one start vector": ("Lanczos steps", lanczos["steps"]),
-        f"G of the net, {max(config['steps'])} steps": ("start vectors", lanczos["draws"]),
+        f"G of the net, {max(map(int, numbers['lanczos']['steps']))} steps": ("start vectors", lanczos["draws"]),
     }

@@ -2,8 +2,9 @@
 
     python -m experiments.run fig8 model=lenet dataset=fashion_mnist trials=3
 
-18 trainings. With ``epochs=15 intervals=25,50,100,200`` it took 47 minutes on one CPU core (measured once). The paper finds that penalties far apart do as
-well as frequent ones. Expected with the released gamma = 1e-5: no difference between any of them.
+18 trainings. With ``epochs=15 intervals=25,50,100,200`` it took 47 minutes on one CPU core (measured once). The paper
+finds that penalties far apart do as well as frequent ones. Expected with the released gamma = 1e-5: no difference
+between any of them.
 """
 
 from __future__ import annotations
