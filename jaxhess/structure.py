@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -314,9 +316,9 @@ def _gram_matrices(loss, params, batch, layers, max_bytes, progress):
     if not bool(jnp.isfinite(outputs).all()):
         raise ValueError("the outputs of predict are not finite; look for NaN or overflow in the batch or the network")
     check_factor(loss.criterion, outputs, batch)
-    independent = _independent(loss, params, batch, outputs)
+    of_examples = _of_independent_examples(loss, params, batch, outputs)
     # An example that depends on others has its rows differentiated through the batch, which takes as long as one.
-    count = len(outputs) if independent else outputs.size
+    count = outputs.size if of_examples is None else len(outputs)
     rows_each = outputs.size // count
     factor = _factor(loss, params, batch)
     grams = {layer.name: np.zeros((outputs.size, outputs.size)) for layer in layers}
@@ -334,7 +336,7 @@ def _gram_matrices(loss, params, batch, layers, max_bytes, progress):
             progress(done, todo)
 
     for group, start, stop, held in plan:
-        rows_of = partial(_rows, loss, group, independent, params, batch, factor)
+        rows_of = partial(_rows, loss, group, of_examples, params, batch, factor)
         mine = [grams[layer.name] for layer in group]
         block = slice(start * rows_each, stop * rows_each)
         kept = [jnp.zeros((held * rows_each, *x.shape[1:]), x.dtype) for x in jax.eval_shape(rows_of, start)]
@@ -414,22 +416,56 @@ def _predict(loss, params, batch):
         return loss.predict(params, batch)
 
 
-def _independent(loss, params, batch, outputs):
-    """Whether each example taken alone has the outputs that it has in the batch, and the same slopes."""
+def _of_independent_examples(loss, params, batch, outputs):
+    """For each array of the batch whether it holds one entry for each example; None if examples are not independent.
+
+    They are if each taken alone has the outputs that it has in the batch, and the same slopes.
+    """
     if outputs.ndim < 2:
-        return False
+        return None
+    of_examples = _of_examples(loss, params, batch, outputs)
+    if of_examples is None:
+        return None
     try:
-        together, alone = _slopes(loss, params, batch)
+        together, alone = _slopes(loss, of_examples, params, batch)
     except Exception:  # of a batch that cannot be taken apart along its first axis the user's code may raise anything
-        return False
-    return all(
+        return None
+    same = all(
         a.shape == b.shape and float(jnp.max(jnp.abs(a - b))) <= 1e-4 * float(jnp.max(jnp.abs(a)))
         for a, b in zip(together, alone, strict=True)
     )
+    return of_examples if same else None
 
 
-@partial(jax.jit, static_argnums=0)
-def _slopes(loss, params, batch):
+def _of_examples(loss, params, batch, outputs):
+    """For each array of the batch whether it holds one entry for each example; None where that cannot be told.
+
+    The first axis of an array of another kind may happen to be as long: of the statistics of 100 channels in a batch of
+    100. So it must be possible to lengthen the arrays of examples, and the outputs must lengthen with them: tried with
+    all arrays of this length, then without those under one key of the batch, under two, ...
+    """
+    count = len(outputs)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(batch)
+    lengths = [jnp.shape(x)[:1] == (count,) for _, x in leaves]
+    keys = [path[:1] for path, _ in leaves]
+    names = list(dict.fromkeys(key for key, fits in zip(keys, lengths, strict=True) if fits))
+
+    def longer(x):
+        return jax.ShapeDtypeStruct((count + 1, *x.shape[1:]), x.dtype)
+
+    choices = (chosen for size in range(len(names), 0, -1) for chosen in itertools.combinations(names, size))
+    for chosen in itertools.islice(choices, 64):
+        found = tuple(fits and key in chosen for key, fits in zip(keys, lengths, strict=True))
+        with contextlib.suppress(Exception):  # of arrays that do not go together the user's code may raise anything
+            shapes = [longer(x) if cut else x for cut, (_, x) in zip(found, leaves, strict=True)]
+            lengthened = jax.eval_shape(loss.predict, params, jax.tree.unflatten(treedef, shapes))
+            if lengthened.shape == (count + 1, *outputs.shape[1:]):
+                return found
+    return None
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _slopes(loss, of_examples, params, batch):
     """Outputs and their derivatives in one direction: of the batch, and of each example alone."""
     direction = random_like(jax.random.key(0), params)
 
@@ -439,17 +475,15 @@ def _slopes(loss, params, batch):
     with jax.default_matmul_precision("float32"):
         together = both(batch)
         count = len(together[0])
-        alone = jax.vmap(lambda i: [x[0] for x in both(_example(batch, count, i))])(jnp.arange(count))
+        alone = jax.vmap(lambda i: [x[0] for x in both(_example(batch, of_examples, i))])(jnp.arange(count))
     return together, alone
 
 
-def _example(batch, count, i):
-    """Example i as a batch of one: arrays with the examples' leading axis are cut, others are shared."""
-
-    def cut(x):
-        return jax.lax.dynamic_slice_in_dim(x, i, 1) if jnp.shape(x)[:1] == (count,) else x
-
-    return jax.tree.map(cut, batch)
+def _example(batch, of_examples, i):
+    """Example i as a batch of one: arrays of examples are cut, others are shared."""
+    leaves, treedef = jax.tree.flatten(batch)
+    cut = [jax.lax.dynamic_slice_in_dim(x, i, 1) if mine else x for mine, x in zip(of_examples, leaves, strict=True)]
+    return jax.tree.unflatten(treedef, cut)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -464,14 +498,14 @@ def _factor(loss, params, batch):
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _rows(loss, layers, independent, params, batch, factor, i):
+def _rows(loss, layers, of_examples, params, batch, factor, i):
     """For each layer the rows of B' J_l, (rows, dim), of one example, or the one row of an entry of the outputs."""
     shape = factor.shape[1:]
-    if independent:
+    if of_examples is not None:
         mine = factor[:, i].reshape(shape[-1], -1, shape[-1])
         places = jnp.eye(mine.shape[1], dtype=mine.dtype)
         cotangents = places[:, None, :, None] * mine[None]  # (position, class, position, output)
-        cotangents, part = cotangents.reshape(-1, 1, *shape[1:]), _example(batch, shape[0], i)
+        cotangents, part = cotangents.reshape(-1, 1, *shape[1:]), _example(batch, of_examples, i)
     else:
         position, output = jnp.divmod(i, shape[-1])
         column = factor[output].reshape(-1, shape[-1])

@@ -61,6 +61,27 @@ def test_blocks_of_rows_give_the_same(name, max_bytes, x64):
     assert calls == [(i, total) for i in range(1, total + 1)]
 
 
+@pytest.mark.parametrize("image, label, stats", [("image", "label", "batch_stats"), (0, 1, 2)])
+def test_statistics_may_be_as_long_as_the_batch(image, label, stats, x64):
+    """They are not taken for one entry an example: each example is then differentiated alone, in 6 passes, not 24."""
+    draw = np.random.default_rng(0).standard_normal
+    batch = {image: draw((6, 3)), label: np.arange(6) % 4, stats: {"mean": draw(6), "scale": draw(6)}}
+    batch = batch if image else tuple(batch.values())
+
+    def predict(params, batch):
+        mean, scale = (batch[stats][name][None] for name in ("mean", "scale"))
+        return jnp.tanh((batch[image] @ params["a"] - mean) * scale) @ params["b"]
+
+    objective = jh.Objective(predict, jh.CrossEntropy(labels=lambda batch: batch[label]))
+    params, calls = {"a": draw((3, 6)), "b": draw((6, 4))}, []
+    found = jh.ggn_eigenvalues(objective, params, batch, progress=lambda *args: calls.append(args))
+    flat, unravel = jax.flatten_util.ravel_pytree(params)
+    ggn = jh.ggn(objective, params, batch)
+    dense = jax.vmap(lambda v: jax.flatten_util.ravel_pytree(ggn(unravel(v)))[0])(np.eye(len(flat)))
+    np.testing.assert_allclose(found, nonzero_eigenvalues(dense), rtol=1e-8, atol=1e-14)
+    assert calls[-1] == (6, 6)
+
+
 def test_lenet_in_float32():
     """20 rows, of which softmax leaves 18; rounding is not counted as rank."""
     p = problem("lenet")
