@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help demo test test-all lint docs docs-serve notebooks clean
+.PHONY: help demo test test-all lint docs docs-serve notebooks gpu clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,17 @@ docs-serve: $(VENV)/docs  ## the same in a browser, renewed as files change
 
 notebooks: $(VENV)/test  ## run the notebooks and keep their figures in docs/figures
 	$(BIN)/python -m notebooks.render
+
+RUN = $(BIN)/python -m experiments.run
+
+gpu: $(VENV)/experiments  ## with an NVIDIA GPU and JAXHESS_DATA_DIR: speed, figure 1, tables 1 and 4 at full size; resumes
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -c 'import jax; assert jax.default_backend() == "gpu", f"JAX sees no GPU, only {jax.devices()}"'
+	for model in lenet vgg11 resnet18; do $(RUN) bench model=$$model batch_size=256 out=results/gpu-bench-$$model || exit; done
+	$(RUN) whole model=resnet18 dataset=cifar10 epochs=30 images_at_once=1000
+	$(RUN) fig1 model=resnet18 dataset=cifar10 epochs=30 method=auto out=results/gpu-fig1-resnet18-cifar10
+	for model in vgg11 resnet18; do \
+		$(RUN) table4 model=$$model dataset=cifar10 && $(RUN) table1 model=$$model dataset=cifar10 trials=5 || exit; done
 
 # One stamp for each set of extras, renewed when the metadata changes.
 $(VENV)/%: setup.cfg pyproject.toml

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,27 @@ def measure_batch(dataset: Dataset, images_per_class: int, batch_stats: PyTree) 
     """The first training images of every class, and the batch statistics of a net, as a batch for `objective`."""
     batch = dataset.batch(per_class(dataset.train, images_per_class, dataset.num_classes))
     return batch | ({"batch_stats": batch_stats} if batch_stats else {})
+
+
+@dataclasses.dataclass(frozen=True)
+class InBatches:
+    """All training images, in batches for `objective`; can be read again and again, as `jaxhess.Batches` does.
+
+    Attributes:
+      dataset: where they are from.
+      size: images in a batch; the last one has what is left.
+      batch_stats: the batch statistics of a net, {} without batch norm.
+    """
+
+    dataset: Dataset
+    size: int
+    batch_stats: PyTree
+
+    def __iter__(self) -> Iterator[PyTree]:
+        """The batches from the first on; what a batch takes is made when it is due."""
+        for start in range(0, len(self.dataset.train["label"]), self.size):
+            batch = self.dataset.batch({k: v[start : start + self.size] for k, v in self.dataset.train.items()})
+            yield batch | ({"batch_stats": self.batch_stats} if self.batch_stats else {})
 
 
 def spectra(

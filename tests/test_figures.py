@@ -162,6 +162,20 @@ def test_the_precision_of_estimators(out, capsys):
     redraws_alike(out, "estimators")
 
 
+def test_few_images_and_all(out, capsys):
+    printed = ran(out, capsys, "whole", "num_steps=8", "num_probes=4", "images_at_once=400")
+    assert "Tr G, fc2" in printed and "20 images" in printed and "1,500 images" in printed
+    digits = data.load("digits")
+    model, trained = figures.net(estimators.Config(epochs=2), "mlp", digits, out / "whole")
+    batch = digits.batch(digits.train)  # at once, where the experiment takes 400, 400, 400 and the rest
+    hessian = jh.hessian(measure.objective(model), trained.params, batch)
+    key = jax.random.split(jax.random.key(0))[0]
+    exact = jh.spectrum(hessian, like=trained.params, key=key, num_steps=8)
+    found = numbers(out / "whole")["images"]["1500"]
+    assert found["lambda_max"] == pytest.approx(exact.lambda_max, rel=1e-4)
+    redraws_alike(out, "whole")
+
+
 def test_which_layers_are_shown():
     params = {"conv1": {"kernel": np.ones((1, 1, 1, 1))}, "bn1": {"scale": np.ones(1), "bias": np.ones(1)}}
     params |= {"fc": {"kernel": np.ones((1, 1)), "bias": np.ones(1)}}
