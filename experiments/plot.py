@@ -78,10 +78,12 @@ def log_densities(spectra: Mapping[str, Mapping[str, jh.Spectrum]], title: str) 
             floor = min(floor, -np.log10(spectrum.dim * (grid[-1] - grid[0])) - 2)
             top = max(top, log_density.max())
         axis.set_ylim(floor, top + 0.5)
-        axis.set_title("full" if layer == "total" else layer, **_STYLE)
+        axis.set_title("full" if layer == "total" else layer, fontsize=8 if len(layers) <= 25 else 6.5)
     figure.supxlabel("eigenvalue", **_STYLE)
     figure.supylabel(r"$\log_{10}$ density", **_STYLE)
-    axes[0].legend(fontsize=7, frameon=False)
+    if len(spectra) > 1:  # beside the label of the axis, which stands in the middle
+        handles = axes[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower right", fontsize=7, frameon=False, ncols=len(spectra))
     return figure
 
 
