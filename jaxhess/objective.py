@@ -63,7 +63,7 @@ class _Labelled:
     def _read(self, batch):
         try:
             return jnp.asarray(self.labels(batch))
-        except (KeyError, TypeError, IndexError) as error:
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
             keys = sorted(batch) if isinstance(batch, dict) else type(batch).__name__
             raise ValueError(
                 f"{type(self).__name__} found no labels in the batch ({keys}): {error!r}; "

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from jaxhess.batches import Batches, first_batch
+from jaxhess.batches import Batches, first_batch, leading_axis
 from jaxhess.layers import find_layer
 from jaxhess.objective import Objective, output_hessian_product
 
@@ -341,6 +341,12 @@ def prepare(kind: str, loss: Any, params: PyTree, batch: PyTree, has_aux: bool =
     if has_aux:
         loss = Objective(_First(loss.predict), loss.criterion) if isinstance(loss, Objective) else _First(loss)
     params = _differentiable(params)
+    weighted = getattr(getattr(loss, "criterion", None), "weights", None) is not None
+    if weighted and isinstance(batch, Batches) and batch.size is leading_axis:
+        raise ValueError(
+            "a criterion with weights is a mean by their sums, which Batches cannot know; say them with "
+            "Batches(batches, size=lambda batch: ...), the sum of the weights of a batch"
+        )
     batch = first_batch(batch)
     _check_batch(batch)
     _check_values(loss, params, batch)

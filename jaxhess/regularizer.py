@@ -158,6 +158,8 @@ def check_layers(layers: Layers) -> None:
     if not layers:
         raise ValueError("layers selects no layer; name at least one, or use 'all'")
     if isinstance(layers, Mapping):
+        if any(isinstance(weight, jax.core.Tracer) for weight in layers.values()):
+            raise TypeError("weights of layers are part of the program and cannot be traced; vary gamma instead")
         bad = {name: weight for name, weight in layers.items() if not _is_weight(weight)}
         if bad:
             raise ValueError(f"weights of layers must be finite and not negative, got {bad}")

@@ -282,3 +282,16 @@ def test_a_criterion_of_ones_own_in_half_precision():
     params, batch = {"w": jnp.ones((2, 3))}, {"x": jnp.eye(2)}
     traces = jh.layer_traces(objective, params, batch, key=jax.random.key(0), num_probes=16, curvature="ggn")
     assert traces["total"].mean == pytest.approx(6.0, rel=0.05)
+
+
+def test_batches_of_weighted_examples_need_their_sums():
+    objective = jh.Objective(lambda p, b: b["x"] @ p, jh.CrossEntropy(weights=lambda b: b["weight"]))
+    rows = {"x": np.eye(4, dtype=np.float32), "label": np.array([0, 1, 2, 0]), "weight": np.ones(4, np.float32)}
+    padded = rows | {"weight": np.array([1, 0, 0, 0], np.float32)}
+    params = jnp.ones((4, 3))
+    with pytest.raises(ValueError, match="the sum of the weights"):
+        jh.hessian(objective, params, jh.Batches([rows, padded]))
+    found = jh.hessian(objective, params, jh.Batches([rows, padded], size=lambda b: b["weight"].sum()))
+    joined = {name: np.concatenate([rows[name], padded[name]]) for name in rows}
+    v = jnp.arange(12.0).reshape(4, 3)
+    np.testing.assert_allclose(found(v), jh.hessian(objective, params, joined)(v), rtol=1e-5, atol=1e-6)

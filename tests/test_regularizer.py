@@ -116,6 +116,12 @@ def test_forms_agree_in_the_mean_on_a_piecewise_linear_net():
     assert abs(a).max() > 1e-3 and np.abs(z).mean() < 1.1
 
 
+def test_traced_weights_are_named():
+    p = problem("mlp")
+    with pytest.raises(TypeError, match="vary gamma"):
+        jax.jit(lambda w: jh.hessian_trace_penalty(p.objective, p.params, p.batch, key=KEY, layers={"fc1": w}))(0.5)
+
+
 def test_weights_scale_and_zero_weights_switch_off():
     p = problem("mlp")
     once, twice = (penalty(p, {"fc1": w})[0] for w in (1.0, 2.0))
