@@ -83,7 +83,7 @@ class CrossEntropy(_Labelled):
         ``batch["label"]``. A label outside 0..C-1 is a ValueError where values are known, and a NaN under ``jit``.
       weights: ``weights(batch) -> array`` of shape outputs.shape[:-1], not negative, or a mask: the loss is the
         weighted mean sum_i w_i l_i / sum_i w_i. Rows of weight zero, as padding, may have any label. None, the default,
-        is the plain mean. Where the sums of weights differ from batch to batch, give them to `Batches` as ``size=``.
+        is the plain mean. `Batches` needs the sum of the weights of a batch as ``size=``.
 
     Example:
       >>> import jax.numpy as jnp, jaxhess as jh

@@ -18,7 +18,7 @@ from jax.tree_util import Partial
 
 from jaxhess.batches import Batches, first_batch, leading_axis
 from jaxhess.layers import find_layer
-from jaxhess.objective import Objective, output_hessian_product
+from jaxhess.objective import CrossEntropy, Objective, output_hessian_product
 
 PyTree = Any
 Operator = Callable[[PyTree], PyTree]
@@ -341,7 +341,8 @@ def prepare(kind: str, loss: Any, params: PyTree, batch: PyTree, has_aux: bool =
     if has_aux:
         loss = Objective(_First(loss.predict), loss.criterion) if isinstance(loss, Objective) else _First(loss)
     params = _differentiable(params)
-    weighted = getattr(getattr(loss, "criterion", None), "weights", None) is not None
+    criterion = loss.criterion if isinstance(loss, Objective) else None
+    weighted = isinstance(criterion, CrossEntropy) and criterion.weights is not None
     if weighted and isinstance(batch, Batches) and batch.size is leading_axis:
         raise ValueError(
             "a criterion with weights is a mean by their sums, which Batches cannot know; say them with "

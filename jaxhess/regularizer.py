@@ -52,7 +52,8 @@ def hessian_trace_penalty(
       key: a JAX random key.
       layers: "all"; "middle" (`middle_layers` in network order, of three layers all); names; or {name: weight} with
         weights >= 0. Scanned layers are named as a whole or by slices, not both.
-      num_probes: probes; up to 16 are unrolled in the program, more are vmapped, which is slower for convolutions.
+      num_probes: probes; up to 16 are unrolled in the program, which takes longer to compile with each and is the
+        faster way with convolutions, more are vmapped.
       curvature: "hessian" or "ggn".
       probe: "rademacher" or "gaussian".
       has_aux: as for `hessian`.

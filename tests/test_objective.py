@@ -1,5 +1,6 @@
 """Criteria: closed forms against autodiff and formulas, factors, and what is refused."""
 
+import dataclasses
 import functools
 
 import helpers
@@ -284,6 +285,16 @@ def test_a_criterion_of_ones_own_in_half_precision():
     assert traces["total"].mean == pytest.approx(6.0, rel=0.05)
 
 
+@dataclasses.dataclass(frozen=True)
+class ClassWeights:
+    """A criterion of one's own whose weights are not those of examples."""
+
+    weights: tuple[float, ...] = (1.0, 2.0, 3.0)
+
+    def __call__(self, outputs, batch):
+        return jnp.mean(outputs**2 * jnp.array(self.weights)[None])
+
+
 def test_batches_of_weighted_examples_need_their_sums():
     objective = jh.Objective(lambda p, b: b["x"] @ p, jh.CrossEntropy(weights=lambda b: b["weight"]))
     rows = {"x": np.eye(4, dtype=np.float32), "label": np.array([0, 1, 2, 0]), "weight": np.ones(4, np.float32)}
@@ -293,5 +304,6 @@ def test_batches_of_weighted_examples_need_their_sums():
         jh.hessian(objective, params, jh.Batches([rows, padded]))
     found = jh.hessian(objective, params, jh.Batches([rows, padded], size=lambda b: b["weight"].sum()))
     joined = {name: np.concatenate([rows[name], padded[name]]) for name in rows}
+    jh.hessian(jh.Objective(objective.predict, ClassWeights()), params, jh.Batches([rows, padded]))  # of another kind
     v = jnp.arange(12.0).reshape(4, 3)
     np.testing.assert_allclose(found(v), jh.hessian(objective, params, joined)(v), rtol=1e-5, atol=1e-6)

@@ -212,8 +212,8 @@ def test_more_probes_begin_with_the_fewer():
 
 @pytest.mark.parametrize("chunk_size", [1, 5, 64])
 def test_chunks_do_not_change_the_result(chunk_size):
-    found = trace(MATRIX, num_probes=13, chunk_size=chunk_size)
-    np.testing.assert_allclose(found, trace(MATRIX, num_probes=13), rtol=1e-5)
+    found = trace(MATRIX, num_probes=33, chunk_size=chunk_size)  # at most 16 unrolled, or all 33 vmapped
+    np.testing.assert_allclose(found, trace(MATRIX, num_probes=33), rtol=1e-5)
 
 
 def test_layer_traces_have_the_same_prefix_in_all_chunks():
