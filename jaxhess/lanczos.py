@@ -5,7 +5,7 @@ The basis is a pytree of leaves stacked along a leading axis, (steps, *leaf.shap
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import optax
 import scipy.linalg
 from numpy.typing import ArrayLike
 
+from jaxhess._noise import Run, noise
 from jaxhess.operators import apply_stacked, as_partial, runs_on_host
 from jaxhess.trace import check_count, check_key, check_known, check_like, random_like, spread
 
@@ -153,8 +154,8 @@ def ritz(alphas: ArrayLike, betas: ArrayLike) -> tuple[np.ndarray, np.ndarray, n
 
     The residual of A y - theta y is |beta_m s_m|, with s_m the last entry of the eigenvector: some eigenvalue of A
     lies within it of the Ritz value theta. To it are added 30 eps * max |theta| in the precision of
-    ``alphas``, for the rounding of the products; what an operator computes more coarsely than that, like a net in
-    bfloat16 with parameters in float32, is not seen. In float64, on the host.
+    ``alphas``, for the rounding of the products; what an operator computes more coarsely than that is for `noise` to
+    find. In float64, on the host.
 
     Args:
       alphas, betas: (m,) as in `Tridiagonal`.
@@ -202,11 +203,13 @@ def top_eigenpairs(
       progress: as for `lanczos`.
 
     Returns:
-      values (k,) descending; vectors, a pytree of (k, *leaf.shape) with orthonormal rows; residual norms (k,) of
-      A v - lambda v, computed with k further products: within each lies an eigenvalue.
+      values (k,) descending; vectors, a pytree of (k, *leaf.shape) with orthonormal rows; residuals (k,): within each
+      lies an eigenvalue. They are the norms of A v - lambda v, computed with k further products, and what a few more
+      tell of the rounding inside the operator.
 
     Raises:
-      ValueError: for an empty ``like``, k < 1, k beyond the dimension, or fewer steps than k.
+      ValueError: for an empty ``like``, k < 1, k beyond the dimension, fewer steps than k, or an operator that does not
+        repeat itself or is not symmetric.
       TypeError: under ``jit``, where `lanczos` runs in its place, or for a key that is none.
 
     Example:
@@ -230,10 +233,22 @@ def top_eigenpairs(
     start_key, restart_key = jax.random.split(key)
     start = random_like(start_key, like)
     found = lanczos(operator, start, steps, reorthogonalize=reorthogonalize, restart_key=restart_key, progress=progress)
-    values, vectors, _ = ritz(found.alphas, found.betas)
+    values, coefficients, _ = ritz(found.alphas, found.betas)
     top = np.argsort(values)[::-1][:k]
-    vectors = _combine(found.basis, vectors[:, top])
-    return values[top], vectors, np.asarray(_residuals(apply_stacked(operator, vectors), vectors, values[top]))
+    vectors = combine(found.basis, coefficients[:, top])
+    operator = as_partial(operator)
+    ends = ritz_run(found, vectors_of=[top[0], top[-1]])
+    added = noise(operator, lambda product, _: product, {"": ends}, like, jax.random.fold_in(restart_key, 1))[""]
+    residuals = np.asarray(_residuals(apply_stacked(operator, vectors), vectors, values[top]))
+    return values[top], vectors, residuals + added
+
+
+def ritz_run(found: Tridiagonal, vectors_of: Sequence[int] | None = None) -> Run:
+    """The Ritz pairs of these numbers, by default the two extreme ones, with what the recurrence claims of them."""
+    values, coefficients, _ = ritz(found.alphas, found.betas)
+    some = sorted({0, len(values) - 1} if vectors_of is None else set(vectors_of))
+    claimed = np.abs(np.float64(found.betas[-1]) * coefficients[-1, some])
+    return Run(values[some], combine(found.basis, coefficients[:, some]), claimed)
 
 
 def dimension(tree: PyTree) -> int:
@@ -252,15 +267,21 @@ def tree_norm(tree: PyTree) -> jax.Array:
     return unit * optax.tree.norm(jax.tree.map(lambda x: x / unit.astype(jnp.result_type(x)), tree))
 
 
-def _combine(basis, coefficients):
-    """Combinations of the rows of a basis, (k, ...), where the basis is."""
+def combine(basis: PyTree, coefficients: np.ndarray) -> PyTree:
+    """Combinations of the rows of a basis, (k, ...), with coefficients (m, k), where the basis is."""
 
-    def combine(rows):
-        xp = np if isinstance(rows, np.ndarray) else jnp
+    def one(rows):
+        # On a CPU numpy reads JAX's memory, and nothing is compiled for each shape.
+        here = isinstance(rows, np.ndarray) or (rows.is_fully_addressable and not spread(rows) and _on_cpu(rows))
+        xp = np if here else jnp
         with jax.default_matmul_precision("float32"):
-            return xp.tensordot(coefficients.T.astype(rows.dtype), rows, 1)
+            return xp.tensordot(coefficients.T.astype(rows.dtype), xp.asarray(rows), 1)
 
-    return jax.tree.map(combine, basis)
+    return jax.tree.map(one, basis)
+
+
+def _on_cpu(x):
+    return all(device.platform == "cpu" for device in x.devices())
 
 
 @jax.jit

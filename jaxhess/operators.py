@@ -14,11 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.experimental import multihost_utils
 from jax.tree_util import Partial
 
 from jaxhess.batches import Batches, first_batch, leading_axis
-from jaxhess.layers import find_layer
-from jaxhess.objective import CrossEntropy, Objective, output_hessian_product
+from jaxhess.layers import Layer, find_layer
+from jaxhess.objective import Objective, output_hessian_product
 
 PyTree = Any
 Operator = Callable[[PyTree], PyTree]
@@ -151,7 +153,21 @@ def linearize(operator: Operator, *, like: PyTree) -> Operator:
         return operator
     # In the precision of the products, which is that of the vectors that samplers draw.
     like = jax.tree.map(lambda x: jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32)), like)
-    return Partial(_apply_linear, _linearize(as_partial(operator), like), like)
+    operator = as_partial(operator)
+    return Partial(_Linear(), _linearize(operator, like), like, operator)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Linear:
+    """A product of which everything that does not depend on v was computed before."""
+
+    def __call__(self, linear, like, origin, v):
+        del origin  # kept for `perturbed`
+        return _apply_linear(linear, like, v)
+
+    def perturbed(self, key, size, linear, like, origin):
+        del linear
+        return linearize(perturbed(origin, key, size), like=like)
 
 
 @jax.jit
@@ -172,6 +188,51 @@ def as_partial(operator: Operator) -> Partial:
 def runs_on_host(operator: Operator) -> bool:
     """True for products over `Batches`, which loop on the host."""
     return isinstance(getattr(operator, "func", None), _OverBatches)
+
+
+def perturbed(operator: Partial, key: jax.Array, size: float) -> Partial | None:
+    """The operator at parameters that are moved by a relative ``size``; None for a function whose inside is unknown."""
+    move = getattr(operator.func, "perturbed", None)
+    return None if move is None else move(key, size, *operator.args)
+
+
+@jax.jit
+def _jitter(key, tree, size):
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = jax.random.split(key, len(leaves))
+    signs = [jax.random.rademacher(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(treedef, [x * (1 + size.astype(x.dtype) * s) for x, s in zip(leaves, signs, strict=True)])
+
+
+def coarsest_eps(operator: Partial, like: PyTree) -> float:
+    """The rounding of the coarsest floating-point type that an operator rounds to on the way, by its program.
+
+    That of ``like`` where it is the coarsest, or where JAX cannot trace the operator.
+    """
+    if isinstance(operator.func, _Block):
+        return coarsest_eps(*operator.args)
+    if isinstance(operator.func, _OverBatches):
+        operator = Partial(operator.func.product, *operator.args, first_batch(operator.func.batches))
+    own = max(float(jnp.finfo(jnp.result_type(x)).eps) for x in jax.tree.leaves(like))
+    try:
+        closed = jax.make_jaxpr(operator)(like)
+    except Exception:  # a function of the host may raise anything when it is traced
+        return own
+    return max([own, *(float(jnp.finfo(dtype).eps) for dtype in _roundings(closed.jaxpr))])
+
+
+def _roundings(jaxpr):
+    """The types that floating-point numbers of a finer one are converted to."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "convert_element_type":
+            old, new = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
+            if all(jnp.issubdtype(x, jnp.floating) for x in (old, new)) and jnp.finfo(new).eps > jnp.finfo(old).eps:
+                yield new
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from _roundings(inner)
 
 
 def apply_stacked(operator: Operator, vectors: PyTree) -> PyTree:
@@ -240,6 +301,37 @@ class _Product:
     def __call__(self, params, batch, v):
         return _apply(self, params, batch, v)
 
+    def perturbed(self, key, size, params, batch):
+        return Partial(self, _jitter(key, params, size), batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """The diagonal block of a layer by the product of the whole net: only the ends are compiled."""
+
+    layer: Layer
+
+    def __call__(self, product, params, part):
+        return _take(self.layer, product(_put(self.layer, params, part)))
+
+    def perturbed(self, key, size, product, params):
+        return Partial(self, perturbed(product, key, size), params)
+
+
+def block(product: Partial, layer: Layer, params: PyTree) -> Partial:
+    """The diagonal block of a layer from the product of the whole net."""
+    return Partial(_Block(layer), product, params)
+
+
+@partial(jax.jit, static_argnums=0)
+def _put(layer, like, part):
+    return layer.put(optax.tree.zeros_like(like), part)
+
+
+@partial(jax.jit, static_argnums=0)
+def _take(layer, tree):
+    return layer.take(tree)
+
 
 @partial(jax.jit, static_argnums=0)
 def _apply(product, params, batch, v):
@@ -296,6 +388,9 @@ class _OverBatches:
             check_batches(self.product.loss, params, self.batches)
         return mean
 
+    def perturbed(self, key, size, params):
+        return Partial(self, _jitter(key, params, size))
+
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _accumulate(product, stacked, params, batch, v, mean, share):
@@ -342,8 +437,7 @@ def prepare(kind: str, loss: Any, params: PyTree, batch: PyTree, has_aux: bool =
         loss = Objective(_First(loss.predict), loss.criterion) if isinstance(loss, Objective) else _First(loss)
     params = _differentiable(params)
     criterion = loss.criterion if isinstance(loss, Objective) else None
-    weighted = isinstance(criterion, CrossEntropy) and criterion.weights is not None
-    if weighted and isinstance(batch, Batches) and batch.size is leading_axis:
+    if getattr(criterion, "weighted", False) and isinstance(batch, Batches) and batch.size is leading_axis:
         raise ValueError(
             "a criterion with weights is a mean by their sums, which Batches cannot know; say them with "
             "Batches(batches, size=lambda batch: ...), the sum of the weights of a batch"
@@ -411,6 +505,13 @@ def _differentiable(params):
         if bad := [jax.tree_util.keystr(path) for (path, _), ok in zip(leaves, finite, strict=True) if not ok]:
             raise ValueError(f"the parameters are not finite at {bad}; curvature there means nothing")
     return params
+
+
+def to_host(x: Any) -> np.ndarray:
+    """An array in numpy, whole, also where other processes hold parts of it."""
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        return multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
 
 
 @jax.jit

@@ -9,13 +9,13 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 import scipy.special
 
+from jaxhess._noise import Run, noise
 from jaxhess.batches import Batches
-from jaxhess.lanczos import dimension, lanczos, ritz, tree_norm
+from jaxhess.lanczos import dimension, lanczos, ritz, ritz_run, tree_norm
 from jaxhess.layers import Layer, find_layers, layer_names
-from jaxhess.operators import _operator, linearize, prepare
+from jaxhess.operators import _operator, as_partial, block, linearize, prepare
 from jaxhess.structure import gram_eigenvalues, gram_rounding, gram_rows
 from jaxhess.trace import check_count, check_key, check_known, check_like, random_like
 
@@ -37,7 +37,9 @@ class Spectrum:
       weights: (m,) float64, not negative, sum 1.
       dim: the number of eigenvalues, so that dim * mean is the trace.
       num_steps: the Lanczos steps of a draw, which set the width of the density; 128 for an exact spectrum.
-      residuals: (m,) residual norms of the Ritz pairs; of an exact spectrum zeros, or its rounding.
+      residuals: (m,): within each of its node lies an eigenvalue. What Lanczos left undone, and the noise of the
+        products: what they do not repeat, and the rounding inside the operator. Zeros unless given.
+      num_draws: the random start vectors that the weights are averaged over; 0 where the weights are exact.
 
     Raises:
       ValueError: for nodes and weights of different lengths, no nodes, values that are not finite, negative weights
@@ -57,6 +59,7 @@ class Spectrum:
     dim: int
     num_steps: int = 128
     residuals: np.ndarray = None  # type: ignore[assignment]
+    num_draws: int = 0
 
     def __post_init__(self):
         check_known("a Spectrum is made", "make it outside", self.nodes, self.weights, self.residuals)
@@ -218,7 +221,8 @@ def spectrum(
       `Spectrum`, on the host in float64.
 
     Raises:
-      ValueError: for fewer than one step or draw, an empty ``like``, or a product that is not finite.
+      ValueError: for fewer than one step or draw, an empty ``like``, a product that is not finite, or an operator that
+        does not repeat itself or is not symmetric.
       TypeError: under ``jit``, where `lanczos` runs in its place, or for a key that is none.
 
     Example:
@@ -234,6 +238,12 @@ def spectrum(
     check_count("num_steps", num_steps)
     check_count("num_draws", num_draws)
     check_like("like", like)
+    found, run = _quadrature(operator, like, key, num_steps, num_draws, reorthogonalize, progress)
+    return _with_noise(as_partial(operator), lambda product, _: product, {"": (found, run)}, like, key)[""]
+
+
+def _quadrature(operator, like, key, num_steps, num_draws, reorthogonalize, progress):
+    """The spectrum as the recurrence has it, and what its noise is measured at: the `Run` of the first draw."""
     dim = dimension(like)
     if num_steps >= dim and reorthogonalize:
         start = random_like(key, like)
@@ -242,16 +252,34 @@ def spectrum(
             operator, start, dim, reorthogonalize=reorthogonalize, restart_key=restart_key, progress=progress
         )
         values, _, residuals = ritz(found.alphas, found.betas)
-        return Spectrum(values, np.full(dim, 1 / dim), dim, num_steps, residuals)
-    steps, draws = min(num_steps, dim), []
+        return Spectrum(values, np.full(dim, 1 / dim), dim, num_steps, residuals), ritz_run(found)
+    steps, draws, run = min(num_steps, dim), [], None
     for draw in range(num_draws):
         start = random_like(jax.random.fold_in(key, draw), like)
         report = None if progress is None else partial(_report, progress, draw * steps, num_draws * steps)
         found = lanczos(operator, start, num_steps, reorthogonalize=reorthogonalize, progress=report)
         values, vectors, residuals = ritz(found.alphas, found.betas)
         draws.append((values, vectors[0] ** 2 / num_draws, residuals))
+        if run is None:
+            run = ritz_run(found) if reorthogonalize else _blind_run(like, key, values)
     nodes, weights, residuals = (np.concatenate(parts) for parts in zip(*draws, strict=True))
-    return Spectrum(nodes, weights, dim, num_steps, residuals)
+    return Spectrum(nodes, weights, dim, num_steps, residuals, num_draws), run
+
+
+def _blind_run(like, key, values):
+    """Without a basis there are no Ritz vectors: a random vector, beside the extreme Ritz values."""
+    vector = random_like(jax.random.fold_in(key, _CHECK), like)
+    size = tree_norm(vector)
+    return Run(values[[0, -1]], jax.tree.map(lambda x: x[None] / size.astype(x.dtype), vector), None)
+
+
+def _with_noise(product, wrap, found, like, key):
+    """{name: Spectrum} with what the products are worth in the residuals of all nodes."""
+    key = jax.random.fold_in(key, _CHECK)
+    added = noise(product, wrap, {name: run for name, (_, run) in found.items()}, like, key)
+    return {
+        name: dataclasses.replace(spec, residuals=spec.residuals + added[name]) for name, (spec, _) in found.items()
+    }
 
 
 def _count_steps(dim, num_steps, num_draws, reorthogonalize):
@@ -359,17 +387,24 @@ def layer_spectra(
     left = {name: part for name, part in parts.items() if name not in exact}
     counts = {name: _count_steps(dims[name], num_steps, num_draws, reorthogonalize) for name in left}
     total, before = sum(counts.values()), 0
+
+    def part_of(product, name):
+        layer = left[name][1]
+        return product if layer is None else block(product, layer, params)
+
+    found = {}
     for name, (i, layer) in left.items():
-        spectra[name] = spectrum(
-            product if layer is None else _block(product, layer, params),
-            like=params if layer is None else layer.take(params),
-            key=jax.random.fold_in(key, i),
-            num_steps=num_steps,
-            num_draws=num_draws,
-            reorthogonalize=reorthogonalize,
-            progress=None if progress is None else partial(_report, progress, before, total),
+        found[name] = _quadrature(
+            part_of(product, name),
+            params if layer is None else layer.take(params),
+            jax.random.fold_in(key, i),
+            num_steps,
+            num_draws,
+            reorthogonalize,
+            None if progress is None else partial(_report, progress, before, total),
         )
         before += counts[name]
+    spectra |= _with_noise(product, part_of, found, params, key)
     return {name: spectra[name] for name in parts}
 
 
@@ -382,21 +417,6 @@ def _equal_to_ggn(curvature, loss, params, batch, parts, key):
     for name, (i, layer) in parts.items():
         if layer is not None:
             v = random_like(jax.random.fold_in(jax.random.fold_in(key, _CHECK), i), layer.take(params))
-            if float(tree_norm(_block(functional, layer, params)(v))) == 0:
+            if float(tree_norm(block(functional, layer, params)(v))) == 0:
                 found.add(name)
     return found
-
-
-def _block(product, layer, params):
-    """The diagonal block of a layer from the product of the whole net, on the host: only the ends are compiled."""
-    return lambda part: _take(layer, product(_put(layer, params, part)))
-
-
-@partial(jax.jit, static_argnums=0)
-def _put(layer, like, part):
-    return layer.put(optax.tree.zeros_like(like), part)
-
-
-@partial(jax.jit, static_argnums=0)
-def _take(layer, tree):
-    return layer.take(tree)

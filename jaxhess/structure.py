@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
@@ -12,13 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from jaxhess.batches import Batches
 from jaxhess.layers import Layer, find_layers, layer_names
-from jaxhess.objective import CrossEntropy, NoFactorError, Objective, check_factor, output_factor_product
-from jaxhess.operators import prepare
+from jaxhess.objective import CrossEntropy, NoFactorError, Objective, factored, outputs_of
+from jaxhess.operators import prepare, to_host
 from jaxhess.trace import check_known, random_like
 
 PyTree = Any
@@ -100,7 +100,7 @@ def gram_rows(loss: Callable, params: PyTree, batch: PyTree) -> int:
         return 0
     outputs = _outputs(loss, params, batch)
     try:
-        check_factor(loss.criterion, outputs, batch)
+        factored(loss.criterion, outputs, batch, max_classes=outputs.shape[-1])
     except NoFactorError:
         return 0
     return outputs.size
@@ -234,13 +234,19 @@ def class_structures(loss, params, batch, num_classes, layers, weighting, max_by
         raise ValueError(f"unknown weighting {weighting!r}; choose 'p' or 'legacy_sqrt_p'")
     if not isinstance(loss.criterion, CrossEntropy):
         raise TypeError(f"classes are those of cross-entropy; the criterion is {loss.criterion!r}")
-    if loss.criterion.weights is not None:
-        raise TypeError("the class structure is that of the plain mean; give a CrossEntropy without weights")
-    probabilities = _to_host(jax.nn.softmax(_outputs(loss, params, batch))).astype(np.float64)
+    plain = dataclasses.replace(loss.criterion, labels=CrossEntropy().labels, smoothing=0.0)
+    if plain != CrossEntropy():
+        raise TypeError(
+            "the class structure is that of the plain mean of the softmax; give a CrossEntropy without weights, "
+            "temperature and z_loss"
+        )
+    probabilities = to_host(jax.nn.softmax(_outputs(loss, params, batch))).astype(np.float64)
     classes = probabilities.shape[-1]
     if num_classes != classes:
         raise ValueError(f"num_classes = {num_classes}, but the outputs have {classes} classes; give that number")
-    probabilities, labels = probabilities.reshape(-1, classes), np.ravel(_to_host(loss.criterion.labels(batch)))
+    probabilities, labels = probabilities.reshape(-1, classes), np.ravel(to_host(loss.criterion.labels(batch)))
+    if len(labels) != len(probabilities):
+        raise TypeError("the class structure goes by integer labels; give class indices 0..C-1, not soft labels")
     if missing := sorted(set(range(classes)) - set(labels.tolist())):
         raise ValueError(f"classes {missing} have no example in the batch; give at least one of every class")
     grams = _gram_matrices(loss, params, batch, layers, max_bytes, progress)
@@ -315,7 +321,7 @@ def _gram_matrices(loss, params, batch, layers, max_bytes, progress):
     outputs = _outputs(loss, params, batch)
     if not bool(jnp.isfinite(outputs).all()):
         raise ValueError("the outputs of predict are not finite; look for NaN or overflow in the batch or the network")
-    check_factor(loss.criterion, outputs, batch)
+    loss = Objective(loss.predict, factored(loss.criterion, outputs, batch, max_classes=outputs.shape[-1]))
     of_examples = _of_independent_examples(loss, params, batch, outputs)
     # An example that depends on others has its rows differentiated through the batch, which takes as long as one.
     count = outputs.size if of_examples is None else len(outputs)
@@ -344,11 +350,11 @@ def _gram_matrices(loss, params, batch, layers, max_bytes, progress):
             kept = _keep(kept, rows_of(i), (i - start) * rows_each)
             report()
         for gram, tile in zip(mine, _products(kept, kept), strict=True):
-            gram[block, block] = _to_host(tile)[: block.stop - block.start, : block.stop - block.start]
+            gram[block, block] = to_host(tile)[: block.stop - block.start, : block.stop - block.start]
         for i in range(stop, count):
             columns = slice(i * rows_each, (i + 1) * rows_each)
             for gram, tile in zip(mine, _products(kept, rows_of(i)), strict=True):
-                gram[block, columns] = _to_host(tile)
+                gram[block, columns] = to_host(tile)
                 gram[columns, block] = gram[block, columns].T
             report()
     for name, gram in grams.items():
@@ -386,13 +392,6 @@ def _groups(layers, params, rows_each, count, max_bytes):
     return [(group, min(count, max(1, max_bytes // max(1, sum(map(sizes.get, group)))))) for group in groups]
 
 
-def _to_host(x):
-    """An array in numpy, whole, also where other processes hold parts of it."""
-    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
-        return multihost_utils.process_allgather(x, tiled=True)
-    return np.asarray(x)
-
-
 def _eps(params):
     """Rounding of the coarsest type on the way."""
     return max(float(jnp.finfo(jnp.result_type(x)).eps) for x in jax.tree.leaves(params))
@@ -405,15 +404,9 @@ def _nonzero(gram, rtol, scale=None):
 
 
 def _outputs(loss, params, batch):
-    outputs = _predict(loss, params, batch)
+    outputs = outputs_of(loss, params, batch)
     check_known("the Gram matrix is put together", "call it outside; ggn and layer_traces run inside too", outputs)
     return outputs
-
-
-@partial(jax.jit, static_argnums=0)
-def _predict(loss, params, batch):
-    with jax.default_matmul_precision("float32"):
-        return loss.predict(params, batch)
 
 
 def _of_independent_examples(loss, params, batch, outputs):
@@ -492,9 +485,9 @@ def _factor(loss, params, batch):
     with jax.default_matmul_precision("float32"):
         outputs = loss.predict(params, batch)
         basis = jnp.eye(outputs.shape[-1], dtype=outputs.dtype)
-        return jax.vmap(
-            lambda e: output_factor_product(loss.criterion, outputs, batch, jnp.broadcast_to(e, outputs.shape))
-        )(basis)
+        return jax.vmap(lambda e: loss.criterion.factor_product(outputs, batch, jnp.broadcast_to(e, outputs.shape)))(
+            basis
+        )
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

@@ -14,7 +14,7 @@ import optax
 
 from jaxhess.batches import Batches, first_batch
 from jaxhess.layers import Layer, find_layers, layer_names
-from jaxhess.objective import check_factor, output_factor_product
+from jaxhess.objective import Objective, factored, outputs_of
 from jaxhess.operators import _Product, apply_stacked, check_batches, map_rows, prepare
 
 PyTree = Any
@@ -116,7 +116,8 @@ def layer_traces(
     "hessian" and "functional": with one probe v over all parameters, v_l . (A v)_l is unbiased for Tr(A_l) for
     every layer at once, for one product of the whole net. "ggn": with B B' = S and random e over the outputs,
     ||(J' B e)_l||^2 is unbiased for Tr(G_l), for one backward pass. Where the two traces agree (piecewise linear
-    nets with fixed batch statistics: H_l = 0), "ggn" is several times as precise and costs half.
+    nets with fixed batch statistics: H_l = 0), "ggn" is several times as precise and costs half. A criterion of one's
+    own whose S is neither diagonal nor that of a softmax, with more than 64 classes, is taken by products with G.
 
     Args:
       objective: a loss, or an `Objective` (which "ggn" and "functional" need).
@@ -150,10 +151,13 @@ def layer_traces(
     check_key(key)
     loss, params = prepare(curvature, objective, params, batch, has_aux)
     names = layer_names(params, loss, batch)
-    samples = _LayerSamples(curvature, loss, find_layers(params, names), sampler(probe))
-    if curvature == "ggn" and not hasattr(loss.criterion, "factor_product"):
+    form = "product"
+    if curvature == "ggn":
         one = first_batch(batch)
-        check_factor(loss.criterion, loss.predict(params, one), one)
+        criterion = factored(loss.criterion, outputs_of(loss, params, one), one)
+        if criterion is not None:
+            form, loss = "factor", Objective(loss.predict, criterion)
+    samples = _LayerSamples(curvature, form, loss, find_layers(params, names), sampler(probe))
     names = [*names, "total"]
     draw = partial(samples.over_batches if isinstance(batch, Batches) else samples, params, batch)
     estimates = _estimate(draw, key, num_probes, rtol, atol, max_probes, chunk_size, names)
@@ -237,6 +241,7 @@ class _LayerSamples:
     """Samples of every layer's trace and of their sum; static under ``jit``."""
 
     kind: str
+    form: str  # "factor", squared norms of J' B e, or "product", v' A v
     loss: Callable
     layers: tuple[Layer, ...]
     distribution: Callable
@@ -247,7 +252,7 @@ class _LayerSamples:
     def over_batches(self, params, batches, keys):
         def step(mean, batch, share, number):
             # A fresh draw for each batch where the estimate is a sum over examples; the same v where it is v' A v.
-            batch_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number) if self.kind == "ggn" else keys
+            batch_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number) if self.form == "factor" else keys
             return _layer_samples(self, params, batch, batch_keys, mean, share)
 
         mean = batches.fold(step)
@@ -259,8 +264,8 @@ class _LayerSamples:
 @partial(jax.jit, static_argnums=0)
 def _layer_samples(spec, params, batch, keys, mean, share):
     with jax.default_matmul_precision("float32"):
-        form = _ggn_forms if spec.kind == "ggn" else _product_forms
-        parts = form(spec, params, batch, keys)
+        forms = _ggn_forms if spec.form == "factor" else _product_forms
+        parts = forms(spec, params, batch, keys)
     new = jnp.concatenate([parts, parts.sum(1, keepdims=True)], axis=1)
     return new if mean is None else mean + jnp.asarray(share, new.dtype) * (new - mean)
 
@@ -281,7 +286,7 @@ def _ggn_forms(spec, params, batch, keys):
 
     def one(key):
         noise = spec.distribution(key, outputs.shape, outputs.dtype)
-        (gradient,) = pull(output_factor_product(spec.loss.criterion, outputs, batch, noise))
+        (gradient,) = pull(spec.loss.criterion.factor_product(outputs, batch, noise))
         return jnp.stack([optax.tree.norm(layer.arrays(gradient), squared=True) for layer in spec.layers])
 
     return jax.vmap(one)(keys)
