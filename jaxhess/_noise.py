@@ -30,8 +30,8 @@ class Run(NamedTuple):
     Attributes:
       values: (k,) Ritz values.
       vectors: their Ritz vectors, a pytree of (k, ...).
-      residuals: (k,) what the recurrence claims that A y - lambda y is; None for vectors that are no Ritz vectors, where
-        the recurrence kept no basis.
+      residuals: (k,) what the recurrence claims for the norm of A y - lambda y; None where it kept no basis, and the
+        vectors are random.
     """
 
     values: np.ndarray

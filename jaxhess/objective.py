@@ -196,8 +196,8 @@ class CrossEntropy(_Labelled):
         if jnp.issubdtype(labels.dtype, jnp.floating):
             if labels.shape != outputs.shape:
                 raise TypeError(
-                    f"cross-entropy takes integer labels, got {labels.dtype} of shape {labels.shape}; give class indices "
-                    f"0..C-1, or soft labels of the outputs' shape {outputs.shape}"
+                    f"cross-entropy takes integer labels, got {labels.dtype} of shape {labels.shape}; give class "
+                    f"indices 0..C-1, or soft labels of the outputs' shape {outputs.shape}"
                 )
             return labels
         if not jnp.issubdtype(labels.dtype, jnp.integer):

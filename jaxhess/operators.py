@@ -7,6 +7,7 @@ Each public function returns a `jax.tree_util.Partial` over parameters and batch
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -215,10 +216,15 @@ def coarsest_eps(operator: Partial, like: PyTree) -> float:
         operator = Partial(operator.func.product, *operator.args, first_batch(operator.func.batches))
     own = max(float(jnp.finfo(jnp.result_type(x)).eps) for x in jax.tree.leaves(like))
     try:
-        closed = jax.make_jaxpr(operator)(like)
+        return max(own, rounding_of(operator, like))
     except Exception:  # a function of the host may raise anything when it is traced
         return own
-    return max([own, *(float(jnp.finfo(dtype).eps) for dtype in _roundings(closed.jaxpr))])
+
+
+def rounding_of(function: Callable, *args: PyTree) -> float:
+    """The rounding of the coarsest floating-point type that a program converts finer numbers to; 0 if it does not."""
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    return max((float(jnp.finfo(dtype).eps) for dtype in _roundings(jaxpr)), default=0.0)
 
 
 def _roundings(jaxpr):
@@ -442,14 +448,68 @@ def prepare(kind: str, loss: Any, params: PyTree, batch: PyTree, has_aux: bool =
             "a criterion with weights is a mean by their sums, which Batches cannot know; say them with "
             "Batches(batches, size=lambda batch: ...), the sum of the weights of a batch"
         )
-    batch = first_batch(batch)
+    batches, batch = batch, first_batch(batch)
+    if isinstance(batches, Batches):
+        batches.look_ahead()
     _check_batch(batch)
     _check_values(loss, params, batch)
     value = jax.eval_shape(jax.jit(loss), params, batch)
     if not (hasattr(value, "shape") and value.shape == () and jnp.issubdtype(value.dtype, jnp.floating)):
         hint = "; for (value, aux) say has_aux=True" if isinstance(value, tuple) else "; take the mean over examples"
         raise TypeError(f"the loss must return a floating-point scalar, got {value}{hint}")
+    if isinstance(batches, Batches) and batches.check:
+        _check_mean(loss, params, batches)
     return loss, params
+
+
+def _check_mean(loss, params, batches):
+    """ValueError for a loss over several batches that is no mean over independent examples, tried on a few of them."""
+    some = list(itertools.islice(batches, 2))
+    # Of a random key the halves would make other random numbers than the whole.
+    if len(some) < 2 or any(isinstance(x, jax.core.Tracer) or _is_key(x) for x in jax.tree.leaves((params, some))):
+        return
+    try:
+        count = _examples(loss, params, some[0]) // 2 * 2
+        whole, *halves = [_rows(some[0], *ends) for ends in ((0, count), (0, count // 2), (count // 2, count))]
+        sizes = [float(batches.size(half)) for half in halves]
+        values = [float(_value(loss, params, part)) for part in (whole, *halves)]
+        rounding = rounding_of(loss, params, whole)
+    except Exception:  # of a batch that cannot be cut the user's code may raise anything
+        return
+    mean = float(np.average(values[1:], weights=sizes)) if sum(sizes) else np.nan
+    if abs(values[0] - mean) > max(1e-3, 20 * rounding) * np.max(np.abs(values)):
+        raise ValueError(
+            f"over Batches a loss must be a mean over independent examples, and this one is {values[0]:.5g} on {count} "
+            f"examples where the mean over their halves is {mean:.5g}. Divide a sum by the number of examples; give "
+            f"one batch to a loss that couples examples (batch norm in training mode, a contrastive loss); where "
+            f"examples have weights, size= must be the sum of the weights. Batches(..., check=False) takes the mean "
+            f"over batches as it is"
+        )
+
+
+@partial(jax.jit, static_argnums=0)
+def _value(loss, params, batch):
+    with jax.default_matmul_precision("float32"):
+        return loss(params, batch)
+
+
+def _examples(loss, params, batch):
+    """How many examples to try: eight, or as many as there are."""
+    if isinstance(loss, Objective):
+        return min(8, len(jax.eval_shape(loss.predict, params, batch)))
+    return min(8, leading_axis(batch))
+
+
+def _rows(batch, start, stop):
+    """Examples of a batch: of arrays with its most common leading axis."""
+    lengths = [np.shape(x)[0] for x in jax.tree.leaves(batch) if np.ndim(x)]
+    count = max(set(lengths), key=lengths.count)
+    return jax.tree.map(lambda x: x[start:stop] if np.shape(x)[:1] == (count,) else x, batch)
+
+
+def _is_key(x):
+    raw = np.shape(x) in ((2,), (4,)) and jnp.result_type(x) == jnp.uint32
+    return raw or jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
 
 
 def check_batches(loss: Any, params: PyTree, batches: Batches) -> None:
