@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -229,16 +229,23 @@ def rounding_of(function: Callable, *args: PyTree) -> float:
 
 def _roundings(jaxpr):
     """The types that floating-point numbers of a finer one are converted to."""
-    for eqn in jaxpr.eqns:
+    for eqn, _ in equations(jaxpr):
         if eqn.primitive.name == "convert_element_type":
             old, new = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
             if all(jnp.issubdtype(x, jnp.floating) for x in (old, new)) and jnp.finfo(new).eps > jnp.finfo(old).eps:
                 yield new
+
+
+def equations(jaxpr: Any, in_loop: bool = False) -> Iterator[tuple[Any, bool]]:
+    """All equations of a jaxpr and of those inside it, each with whether it runs in a loop."""
+    for eqn in jaxpr.eqns:
+        yield eqn, in_loop
+        inside = in_loop or eqn.primitive.name in ("scan", "while")
         for value in eqn.params.values():
             for inner in value if isinstance(value, (tuple, list)) else [value]:
                 inner = getattr(inner, "jaxpr", inner)
                 if hasattr(inner, "eqns"):
-                    yield from _roundings(inner)
+                    yield from equations(inner, inside)
 
 
 def apply_stacked(operator: Operator, vectors: PyTree) -> PyTree:

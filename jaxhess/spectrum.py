@@ -346,6 +346,39 @@ def layer_spectra(
 
     Reference: Figures 1, 9 and 10 of the paper.
     """
+    loss, params = prepare(curvature, objective, params, batch, has_aux)
+    return spectra_of_layers(
+        loss,
+        params,
+        batch,
+        key=key,
+        num_steps=num_steps,
+        num_draws=num_draws,
+        curvature=curvature,
+        method=method,
+        layers=layers,
+        reorthogonalize=reorthogonalize,
+        max_bytes=max_bytes,
+        progress=progress,
+    )[0]
+
+
+def spectra_of_layers(
+    loss: Callable,
+    params: PyTree,
+    batch: PyTree,
+    *,
+    key: jax.Array,
+    num_steps: int,
+    method: str,
+    layers: Sequence[str] | None,
+    max_bytes: int,
+    progress: Callable[[int, int], None] | None,
+    num_draws: int = 1,
+    curvature: str = "hessian",
+    reorthogonalize: bool | str = True,
+) -> tuple[dict[str, Spectrum], set[str]]:
+    """As `layer_spectra`, of what `prepare` returns; and the names of those that are spectra of the Gram matrix."""
     check_key(key)
     check_count("num_steps", num_steps)
     check_count("num_draws", num_draws)
@@ -356,7 +389,6 @@ def layer_spectra(
             f"the Gram matrix gives the spectrum of the GGN only, not of {curvature!r}; use 'lanczos', or 'auto' for "
             f"layers in which both agree"
         )
-    loss, params = prepare(curvature, objective, params, batch, has_aux)
     every = find_layers(params, layer_names(params, loss, batch))
     known = [layer.name for layer in every]
     if missing := [layer.name for layer in find_layers(params, layers or ()) if layer.name not in known]:
@@ -379,7 +411,7 @@ def layer_spectra(
             error = np.full(len(spec.nodes), gram_rounding(params) * spec.lambda_max)
             spectra[name] = dataclasses.replace(spec, num_steps=num_steps, residuals=error)
     if exact == set(parts):
-        return {name: spectra[name] for name in parts}
+        return {name: spectra[name] for name in parts}, exact
 
     product = _operator(curvature, loss, params, batch, None, False)
     if not isinstance(batch, Batches):
@@ -405,7 +437,7 @@ def layer_spectra(
         )
         before += counts[name]
     spectra |= _with_noise(product, part_of, found, params, key)
-    return {name: spectra[name] for name in parts}
+    return {name: spectra[name] for name in parts}, exact
 
 
 def _equal_to_ggn(curvature, loss, params, batch, parts, key):

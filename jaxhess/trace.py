@@ -28,7 +28,7 @@ class Estimate(NamedTuple):
     Attributes:
       mean: scalar, the mean of the probes.
       std_error: scalar, their standard deviation / sqrt(num_probes); NaN for a single probe.
-      num_probes: the number of probes.
+      num_probes: the number of probes; 0 for an exact value, whose ``std_error`` is its rounding.
 
     Example:
       >>> import jaxhess as jh
@@ -43,7 +43,8 @@ class Estimate(NamedTuple):
     num_probes: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.4g} +- {self.std_error:.2g}"
+        exact = isinstance(self.num_probes, int) and self.num_probes == 0 and self.std_error <= 1e-3 * abs(self.mean)
+        return f"{self.mean:.4g} {'exact' if exact else f'+- {self.std_error:.2g}'}"
 
 
 def trace(
