@@ -60,16 +60,14 @@ def noise(
     eps, own = coarsest_eps(product, like), _own_eps(like)
     found, products = {}, {}
     for name, run in runs.items():
-        operator = wrap(product, name)
+        operator, scale = wrap(product, name), float(np.abs(run.values).max())
         products[name] = _apply(operator, run.vectors)
-        scale = float(np.abs(run.values).max())
         if run.residuals is None:
-            again = _norms(_minus(_apply(operator, run.vectors), products[name]))
-            excess = float(np.max(again)) * _growth(products[name], scale)
+            excess = _turned(operator, run.vectors, products[name])[0] * _growth(products[name], scale)
         else:
             excess = float(np.max(_norms(_residuals(products[name], run)) - run.residuals))
         if excess > max(_REFUSED, 10 * eps) * scale:
-            _refuse(operator, run, products[name], excess, scale)
+            _refuse(operator, run, products[name], excess / scale)
         found[name] = _SAFETY * max(excess, 0.0) + (eps * scale if eps > own else 0.0)
     changes = dict.fromkeys(runs, 0.0)
     for number in range(_MOVES):
@@ -125,25 +123,33 @@ def _jittered(vectors, size, number):
     return jax.tree.map(lambda y: y * (1 + size * generator.choice([-1.0, 1.0], y.shape)).astype(y.dtype), vectors)
 
 
-def _refuse(operator, run, products, excess, scale):
-    """Says why the products are not those of one symmetric matrix, if they are not."""
-    share = f"by {excess / scale:.1%} of its largest eigenvalue"
-    if np.max(_norms(_minus(_apply(operator, run.vectors), products))) > 0.1 * excess:
-        raise ValueError(
-            f"the operator gives another product for the same vector, {share}, so it has no spectrum; fix what changes "
-            f"from call to call: put a dropout key into the batch, and give batches that repeat themselves"
-        )
-    # Of a symmetric A, r' A y = y' A r: with r along A y - lambda y the left side is its norm.
-    rests = _residuals(products, run)
-    norms = _norms(rests)
-    rests = jax.tree.map(lambda x: x / norms.reshape(-1, *[1] * (x.ndim - 1)), rests)
-    turned = _apply(operator, jax.tree.map(lambda x, y: x.astype(y.dtype), rests, run.vectors))
+def _turned(operator, vectors, products):
+    """The largest of |r' A y - y' A r|, zero of a symmetric A, for r = x / |x|; and the largest |x|.
+
+    The x are ``products`` A y, or what is left of them without their parts along y.
+    """
+    norms = _norms(products)
+    rests = jax.tree.map(lambda x: x / np.maximum(norms, 1e-300).reshape(-1, *[1] * (x.ndim - 1)), products)
+    turned = _apply(operator, jax.tree.map(lambda x, y: x.astype(y.dtype), rests, vectors))
     forms = sum(
         np.sum((a * to_host(y)).reshape(len(a), -1), axis=1)
-        for a, y in zip(jax.tree.leaves(turned), jax.tree.leaves(run.vectors), strict=True)
+        for a, y in zip(jax.tree.leaves(turned), jax.tree.leaves(vectors), strict=True)
     )
-    if np.max(np.abs(norms - forms)) > 0.1 * excess:
+    return float(np.max(np.abs(norms - forms))), float(np.max(norms))
+
+
+def _refuse(operator, run, products, share):
+    """Says why the products are not those of one symmetric matrix, if they are not."""
+    said = f"by {share:.1%} of its largest eigenvalue"
+    rests = products if run.residuals is None else _residuals(products, run)
+    different, size = _turned(operator, run.vectors, rests)
+    if np.max(_norms(_minus(_apply(operator, run.vectors), products))) > 0.1 * different:
         raise ValueError(
-            f"the operator is not symmetric, {share}, and Lanczos is for symmetric ones; give a product with a Hessian "
+            f"the operator gives another product for the same vector, {said}, so it has no spectrum; fix what changes "
+            f"from call to call: put a dropout key into the batch, and give batches that repeat themselves"
+        )
+    if different > 0.1 * size or run.residuals is None:
+        raise ValueError(
+            f"the operator is not symmetric, {said}, and Lanczos is for symmetric ones; give a product with a Hessian "
             f"or another symmetric matrix A, or with (A + A') / 2"
         )

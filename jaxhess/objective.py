@@ -400,10 +400,15 @@ def _diagonal(criterion, outputs, batch):
 
 def _steepness(criterion, outputs, batch):
     """a_i of S_i = a_i (diag p_i - p_i p_i'), (..., 1), read where all p are equal: there S loses no digits."""
-    e = _direction(outputs)
+    (e,) = _directions(outputs, 1)
     e -= e.mean(-1, keepdims=True)
-    product = output_hessian_product(criterion, jnp.zeros_like(outputs), batch, e)
+    product = output_hessian_product(criterion, _zeros(outputs), batch, e)
     return outputs.shape[-1] * (product * e).sum(-1, keepdims=True) / jnp.maximum((e * e).sum(-1, keepdims=True), 1e-30)
+
+
+def _zeros(outputs):
+    """Zeros that XLA does not see through: of a large vocabulary it takes minutes to fold what comes of them."""
+    return jax.lax.optimization_barrier(jnp.zeros_like(outputs))
 
 
 def _unit_targets(outputs):
@@ -411,9 +416,9 @@ def _unit_targets(outputs):
     return jnp.full_like(outputs, 1 / outputs.shape[-1])
 
 
-def _direction(outputs, number=0):
-    """A direction without any pattern."""
-    return jax.random.normal(jax.random.key(number), outputs.shape, outputs.dtype)
+def _directions(outputs, count):
+    """Directions without any pattern, (count, ...)."""
+    return jax.random.normal(jax.random.key(0), (count, *outputs.shape), outputs.dtype)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -424,30 +429,35 @@ def _forms(criterion, outputs, batch):
     rounding. A place where the criterion is not finite does not count.
     """
     outputs = outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
-    e, some = _direction(outputs), _direction(outputs[..., :1], 1) > 0
-    places = [outputs, jnp.zeros_like(outputs), _direction(outputs, 2)]
-    vectors = (e, jnp.ones_like(e), jnp.where(some, e, 0))
-    products = [[output_hessian_product(criterion, o, batch, v) for v in vectors] for o in places]
-    # The rounding of S's derivation is of the size that S has anywhere, in the criterion's own units.
-    sizes = jnp.stack([jnp.max(jnp.abs(jnp.stack(found))) for found in products])
-    tolerance = 100 * jnp.finfo(outputs.dtype).eps * jnp.max(jnp.where(jnp.isfinite(sizes), sizes, 0))
-
-    def everywhere(differences):
-        worst = jnp.stack([jnp.max(jnp.abs(d)) for d in differences])
-        return jnp.all((worst <= tolerance) | ~jnp.isfinite(sizes))
-
+    e, elsewhere, mask = _directions(outputs, 3)
+    some = mask[..., :1] > 0
+    vectors = jnp.stack([e, jnp.ones_like(e), jnp.where(some, e, 0)])
     steepness = _steepness(criterion, outputs, batch)
-    softmax = [steepness * _softmax.hessian_product(0.0, o, _unit_targets(o), e) for o in places]
-    known, (whole, diagonal, _) = jnp.isfinite(sizes[0]), products[0]
-    is_diagonal = known & everywhere([whole - ones * e for whole, ones, _ in products])
-    is_softmax = known & everywhere([found[0] - guess for found, guess in zip(products, softmax, strict=True)])
-    lowest = jnp.where(is_diagonal, diagonal, jnp.where(is_softmax, steepness, (whole * e).sum(-1, keepdims=True)))
+
+    def look(o):
+        whole, diagonal, part = jax.vmap(partial(output_hessian_product, criterion, o, batch))(vectors)
+        softmax = steepness * _softmax.hessian_product(0.0, o, _unit_targets(o), e)
+        differences = {
+            "diagonal": whole - diagonal * e,
+            "softmax": whole - softmax,
+            "coupled": part - jnp.where(some, whole, 0),
+        }
+        worst = {name: jnp.max(jnp.abs(x)) for name, x in differences.items()}
+        size = jnp.max(jnp.abs(jnp.stack([whole, diagonal, part])))
+        return size, worst, jnp.min(diagonal), jnp.min((whole * e).sum(-1))
+
+    places = jnp.stack([outputs, _zeros(outputs), elsewhere])
+    sizes, worst, diagonal, curved = jax.lax.map(look, places)
+    # The rounding of S's derivation is of the size that S has anywhere, in the criterion's own units.
+    finite = jnp.isfinite(sizes)
+    tolerance = 100 * jnp.finfo(outputs.dtype).eps * jnp.max(jnp.where(finite, sizes, 0))
+    zero = {name: finite[0] & jnp.all((x <= tolerance) | ~finite) for name, x in worst.items()}
+    lowest = jnp.where(zero["diagonal"], diagonal[0], jnp.where(zero["softmax"], jnp.min(steepness), curved[0]))
     return {
-        # Some rows moved alone: the others must feel nothing.
-        "coupled": known & ~everywhere([part - jnp.where(some, whole, 0) for whole, _, part in products]),
-        "diagonal": is_diagonal,
-        "softmax": is_softmax,
-        "concave": jnp.any(lowest < -tolerance),
+        "coupled": finite[0] & ~zero["coupled"],  # rows that were not moved have felt those that were
+        "diagonal": zero["diagonal"],
+        "softmax": zero["softmax"],
+        "concave": lowest < -tolerance,
     }
 
 
@@ -466,7 +476,7 @@ def _output_blocks(criterion, outputs, batch):
         )(jnp.eye(outputs.shape[-1], dtype=outputs.dtype))
         return jnp.moveaxis(columns, 0, -1)
 
-    blocks, signs = blocks_at(outputs), jnp.sign(_direction(outputs))
+    blocks, signs = blocks_at(outputs), jnp.sign(_directions(outputs, 1)[0])
     # Blocks read off with one direction in all rows are S only if no row feels another one's direction.
     product = output_hessian_product(criterion, outputs, batch, signs)
     # On a net that is trained to the end S vanishes, and the rounding of its derivation does not: that is of the size

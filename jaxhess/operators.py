@@ -198,11 +198,14 @@ def perturbed(operator: Partial, key: jax.Array, size: float) -> Partial | None:
 
 
 @jax.jit
-def _jitter(key, tree, size):
+def jitter(key: jax.Array, tree: PyTree, size: float) -> PyTree:
+    """A tree with every number moved by a relative ``size``, up or down."""
     leaves, treedef = jax.tree.flatten(tree)
     keys = jax.random.split(key, len(leaves))
     signs = [jax.random.rademacher(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(treedef, [x * (1 + size.astype(x.dtype) * s) for x, s in zip(leaves, signs, strict=True)])
+    return jax.tree.unflatten(
+        treedef, [x * (1 + jnp.asarray(size, x.dtype) * s) for x, s in zip(leaves, signs, strict=True)]
+    )
 
 
 def coarsest_eps(operator: Partial, like: PyTree) -> float:
@@ -315,7 +318,7 @@ class _Product:
         return _apply(self, params, batch, v)
 
     def perturbed(self, key, size, params, batch):
-        return Partial(self, _jitter(key, params, size), batch)
+        return Partial(self, jitter(key, params, size), batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -402,7 +405,7 @@ class _OverBatches:
         return mean
 
     def perturbed(self, key, size, params):
-        return Partial(self, _jitter(key, params, size))
+        return Partial(self, jitter(key, params, size))
 
 
 @partial(jax.jit, static_argnums=(0, 1))

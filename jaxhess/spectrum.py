@@ -16,7 +16,7 @@ from jaxhess.batches import Batches
 from jaxhess.lanczos import dimension, lanczos, ritz, ritz_run, tree_norm
 from jaxhess.layers import Layer, find_layers, layer_names
 from jaxhess.operators import _operator, as_partial, block, linearize, prepare
-from jaxhess.structure import gram_eigenvalues, gram_rounding, gram_rows
+from jaxhess.structure import gram_eigenvalues, gram_rows
 from jaxhess.trace import check_count, check_key, check_known, check_like, random_like
 
 PyTree = Any
@@ -407,8 +407,9 @@ def spectra_of_layers(
         summed = [layer for layer in every if "total" in exact or layer.name in exact]
         values = gram_eigenvalues(loss, params, batch, summed, exact, max_bytes=max_bytes, progress=progress)
         for name in values:
-            spec = Spectrum.from_eigenvalues(values[name], dims[name])
-            error = np.full(len(spec.nodes), gram_rounding(params) * spec.lambda_max)
+            found, rounding = values[name]
+            spec = Spectrum.from_eigenvalues(found, dims[name])
+            error = np.full(len(spec.nodes), rounding * spec.lambda_max)
             spectra[name] = dataclasses.replace(spec, num_steps=num_steps, residuals=error)
     if exact == set(parts):
         return {name: spectra[name] for name in parts}, exact

@@ -18,10 +18,11 @@ from jax.sharding import Mesh, NamedSharding
 from jaxhess.batches import Batches
 from jaxhess.layers import Layer, find_layers, layer_names
 from jaxhess.objective import CrossEntropy, NoFactorError, Objective, factored, outputs_of
-from jaxhess.operators import prepare, to_host
+from jaxhess.operators import jitter, prepare, rounding_of, to_host
 from jaxhess.trace import check_known, random_like
 
 PyTree = Any
+_TRIED = 2  # examples, and perturbed parameters, that the rounding of rows is seen at
 
 
 def ggn_eigenvalues(
@@ -71,7 +72,7 @@ def ggn_eigenvalues(
     """
     loss, params = prepare("ggn", objective, params, batch, has_aux)
     layers = find_layers(params, layer_names(params) if layer is None else [layer])
-    return gram_eigenvalues(loss, params, batch, layers, ["total"], max_bytes=max_bytes, progress=progress)["total"]
+    return gram_eigenvalues(loss, params, batch, layers, ["total"], max_bytes=max_bytes, progress=progress)["total"][0]
 
 
 def gram_eigenvalues(
@@ -83,15 +84,14 @@ def gram_eigenvalues(
     *,
     max_bytes: int = 2**30,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, np.ndarray]:
-    """The non-zero eigenvalues of G_l of those layers that are named, and of the sum over all if "total" is."""
-    grams = _gram_matrices(loss, params, batch, layers, max_bytes, progress)
-    return {name: _nonzero(gram, gram_rounding(params)) for name, gram in grams.items() if name in names}
+) -> dict[str, tuple[np.ndarray, float]]:
+    """The non-zero eigenvalues of G_l of those layers that are named, and of the sum over all if "total" is.
 
-
-def gram_rounding(params: PyTree) -> float:
-    """By how much of the largest eigenvalue those of a Gram matrix are wrong, the products' rounding included."""
-    return 10 * _eps(params)
+    Each comes with its rounding, as a share of the largest: of the products, and of the rows themselves.
+    """
+    grams, noise = _gram_matrices(loss, params, batch, layers, max_bytes, progress)
+    least = 10 * _eps(params)
+    return {name: (_nonzero(grams[name], least), max(least, noise[name])) for name in grams if name in names}
 
 
 def gram_rows(loss: Callable, params: PyTree, batch: PyTree) -> int:
@@ -249,7 +249,7 @@ def class_structures(loss, params, batch, num_classes, layers, weighting, max_by
         raise TypeError("the class structure goes by integer labels; give class indices 0..C-1, not soft labels")
     if missing := sorted(set(range(classes)) - set(labels.tolist())):
         raise ValueError(f"classes {missing} have no example in the batch; give at least one of every class")
-    grams = _gram_matrices(loss, params, batch, layers, max_bytes, progress)
+    grams, _ = _gram_matrices(loss, params, batch, layers, max_bytes, progress)
     weights = (np.ones_like(probabilities) if weighting == "legacy_sqrt_p" else probabilities) / len(labels)
     wanted = ["total"] if only_total else grams
     return {name: _class_structure(grams[name], weights, labels, _eps(params)) for name in wanted}
@@ -363,7 +363,42 @@ def _gram_matrices(loss, params, batch, layers, max_bytes, progress):
                 f"the products of the Jacobian's rows are not finite in layer {name!r}; look for a derivative that is "
                 f"NaN or overflows, in the network or the criterion"
             )
-    return grams | {"total": sum(grams.values())}
+    grams |= {"total": sum(grams.values())}
+    energy = np.diag(grams["total"]).reshape(count, -1).sum(1)
+    groups = dict.fromkeys(group for group, *_ in plan)
+    noise = _row_noise(loss, groups, of_examples, params, batch, np.argsort(energy)[-_TRIED:])
+    return grams, noise
+
+
+def _row_noise(loss, groups, of_examples, params, batch, examples):
+    """{layer: relative error of the eigenvalues}, also of "total", by rows at parameters moved by one rounding.
+
+    Of the examples with the largest rows. An eigenvalue is a square, hence the 2; 3 is for what a few rows miss.
+    """
+    eps = max(_eps(params), rounding_of(loss.predict, params, batch))
+    change, size = {"total": 0.0}, {"total": 0.0}
+    factor = _factor(loss, params, batch)
+    moved = [jitter(jax.random.key(number), params, eps) for number in range(_TRIED)]
+    factors = [_factor(loss, there, batch) for there in moved]
+    for group in groups:
+        for i in map(int, examples):
+            here = _rows(loss, group, of_examples, params, batch, factor, i)
+            squares = [
+                _squares(here, _rows(loss, group, of_examples, there, batch, f, i))
+                for there, f in zip(moved, factors, strict=True)
+            ]
+            for k, layer in enumerate(group):
+                found = max(float(changes[k]) for changes, _ in squares), float(squares[0][1][k])
+                for name in (layer.name, "total"):
+                    change[name] = change.get(name, 0.0) + found[0]
+                    size[name] = size.get(name, 0.0) + found[1]
+    return {name: 6 * (change[name] / size[name]) ** 0.5 if size[name] else 0.0 for name in size}
+
+
+@jax.jit
+def _squares(rows, others):
+    """For each layer the squared norms of the difference and of the rows."""
+    return [jnp.sum((a - b) ** 2) for a, b in zip(rows, others, strict=True)], [jnp.sum(a**2) for a in rows]
 
 
 def _automatic(x):
