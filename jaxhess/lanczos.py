@@ -16,8 +16,9 @@ import optax
 import scipy.linalg
 from numpy.typing import ArrayLike
 
+from jaxhess._checks import check_count, check_key, check_known, check_like
 from jaxhess.operators import apply_stacked, as_partial, runs_on_host
-from jaxhess.trace import check_count, check_key, check_known, check_like, random_like, spread
+from jaxhess.trace import random_like, spread
 
 PyTree = Any
 

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxhess._checks import check_count, check_key
 from jaxhess.batches import Batches
 from jaxhess.layers import find_layers, layer_names, middle_layers
 from jaxhess.objective import output_factor_product, output_hessian_product
 from jaxhess.operators import UNROLLED, prepare
-from jaxhess.trace import check_count, check_key, random_like, sampler
+from jaxhess.trace import random_like, sampler
 
 PyTree = Any
 Layers = str | Sequence[str] | Mapping[str, float]

@@ -12,12 +12,13 @@ import numpy as np
 import optax
 import scipy.special
 
+from jaxhess._checks import check_count, check_key, check_known, check_like
 from jaxhess.batches import Batches
 from jaxhess.lanczos import dimension, lanczos, ritz, tree_norm
 from jaxhess.layers import Layer, find_layers, layer_names
 from jaxhess.operators import _operator, linearize, prepare
 from jaxhess.structure import gram_eigenvalues, gram_rounding, gram_rows
-from jaxhess.trace import check_count, check_key, check_known, check_like, random_like
+from jaxhess.trace import random_like
 
 PyTree = Any
 _GRAM_ROWS = 2000

@@ -15,11 +15,12 @@ import scipy.linalg
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
+from jaxhess._checks import check_known
 from jaxhess.batches import Batches
 from jaxhess.layers import Layer, find_layers, layer_names
 from jaxhess.objective import CrossEntropy, NoFactorError, Objective, check_factor, output_factor_product
 from jaxhess.operators import prepare
-from jaxhess.trace import check_known, random_like
+from jaxhess.trace import random_like
 
 PyTree = Any
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxhess._checks import check_count, check_key, check_like
 from jaxhess.batches import Batches, first_batch
 from jaxhess.layers import Layer, find_layers, layer_names
 from jaxhess.objective import check_factor, output_factor_product
@@ -337,30 +338,3 @@ def _keys(key, first, count):
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     return jax.vmap(partial(jax.random.fold_in, key))(first + jnp.arange(count))
-
-
-def check_count(name: str, value: int) -> None:
-    """ValueError for a number of things that is not a whole number of at least one."""
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-
-
-def check_key(key: Any, name: str = "key") -> None:
-    """TypeError for what is not one JAX random key, typed or raw."""
-    if isinstance(key, (jax.Array, np.ndarray)):
-        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-        if key.ndim == 0 if typed else (key.ndim == 1 and key.dtype == np.uint32):
-            return
-    raise TypeError(f"{name} must be one JAX random key, as from jax.random.key(0), got {key!r}")
-
-
-def check_like(name: str, tree: PyTree) -> None:
-    """ValueError for a tree without a single entry, which no operator acts on."""
-    if not any(np.size(x) for x in jax.tree.leaves(tree)):
-        raise ValueError(f"{name} holds no numbers, so there is no operator on it: {tree!r}; give a tree like v")
-
-
-def check_known(what: str, instead: str, *trees: PyTree) -> None:
-    """TypeError for traced values where the host needs numbers."""
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(trees)):
-        raise TypeError(f"{what} on the host and cannot run under jit, vmap or grad; {instead}")

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxhess._checks import check_count, check_key
 from jaxhess.regularizer import Layers, check_layers, penalty_and_gradient
-from jaxhess.trace import check_count, check_key, sampler
+from jaxhess.trace import sampler
 
 PyTree = Any
 _MISSING = object()

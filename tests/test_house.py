@@ -19,6 +19,7 @@ ALLOWED = {"jax", "numpy", "scipy", "optax"}
 
 # Each floor may import those above it only: DESIGN.md, "The house".
 FLOORS = [
+    {"_checks"},
     {"batches", "objective"},
     {"layers"},
     {"operators"},
