@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -36,3 +37,61 @@ def check_known(what: str, instead: str, *trees: PyTree) -> None:
     """TypeError for traced values where the host needs numbers."""
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(trees)):
         raise TypeError(f"{what} on the host and cannot run under jit, vmap or grad; {instead}")
+
+
+# ---- functions without forward mode ----
+
+REVERSE_ONLY = (
+    "What works as it is: Tr G of an Objective, layer_traces(..., curvature='ggn'), and its Gram matrix, "
+    "ggn_eigenvalues, class_structure and layer_spectra(..., curvature='ggn', method='gram'). For all else give the "
+    "function its rule with jax.custom_jvp, or leave it without one"
+)
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """All equations of a jaxpr, those of the jaxprs inside it too."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in eqn.params.values():
+            for item in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(item, "jaxpr", item)
+                if hasattr(inner, "eqns"):
+                    yield from equations(inner)
+
+
+def check_forward_mode(
+    function: Callable, args: tuple, derived: Callable, derived_args: tuple, instead: str = REVERSE_ONLY
+) -> None:
+    """TypeError where ``derived`` needs derivatives in forward mode of a ``jax.custom_vjp`` inside ``function``.
+
+    Such a function is no fault by itself: it may see no parameters, and the Hessian, forward over reverse, takes it if
+    its two rules have forward mode. So it is tried, and only where there is one.
+    """
+    names = _custom_vjps(jax.make_jaxpr(jax.jit(function))(*args))  # under jit the trace is kept
+    if not names:
+        return
+    cause = None
+    try:
+        made = jax.make_jaxpr(derived)(*derived_args)
+    except Exception as error:  # what jax raises here has changed with its versions
+        cause = error
+    else:
+        if not any(eqn.primitive.name == "custom_lin" for eqn in equations(made.jaxpr)):
+            return
+        names = _custom_vjps(made) or names
+    said = "" if cause is None else f" ({type(cause).__name__}: {cause})"
+    raise TypeError(
+        f"derivatives in forward mode are needed here, and {' and '.join(names)}, a function with jax.custom_vjp, has "
+        f"them in reverse mode only{said}. {instead}"
+    ) from cause
+
+
+def _custom_vjps(closed):
+    """The names of the functions with ``jax.custom_vjp`` in a jaxpr, each with its file and line."""
+    names: dict[str, None] = {}
+    for eqn in equations(closed.jaxpr):
+        if eqn.primitive.name.startswith("custom_vjp_call"):
+            bodies = (getattr(p, "jaxpr", p) for name, p in eqn.params.items() if name.endswith("_jaxpr"))
+            infos = (getattr(body, "debug_info", None) for body in bodies)
+            names[next((info.func_src_info for info in infos if info is not None), "a function")] = None
+    return list(names)

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxhess._checks import check_forward_mode
+
 PyTree = Any
 
 
@@ -257,6 +259,13 @@ def check_factor(criterion, outputs, batch):
     """Raises NoFactorError for a criterion without a factor, at these outputs; says nothing under ``jit``."""
     if hasattr(criterion, "factor_product"):
         return
+    check_forward_mode(
+        criterion,
+        (outputs, batch),
+        partial(output_hessian_product, criterion),
+        (outputs, batch, outputs),
+        "It is in the criterion: give cross_entropy or squared_error, which have closed forms, or one without the rule",
+    )
     with jax.default_matmul_precision("float32"):
         coupled, concave = _faults(criterion, outputs, batch)
     if isinstance(coupled, jax.core.Tracer):

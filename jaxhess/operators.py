@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
+from jaxhess._checks import check_forward_mode
 from jaxhess.batches import Batches, first_batch, leading_axis
 from jaxhess.layers import find_layer
 from jaxhess.objective import CrossEntropy, Objective, output_hessian_product
@@ -308,19 +309,27 @@ def _accumulate(product, stacked, params, batch, v, mean, share):
 
 
 def _operator(kind, loss, params, batch, layer, has_aux):
-    loss, params = prepare(kind, loss, params, batch, has_aux)
-    if layer is not None:
-        find_layer(params, layer)  # an unknown name fails here, not at the first product
+    loss, params = prepare(kind, loss, params, batch, has_aux, products=True, layer=layer)
     product = _Product(kind, loss, layer)
     if isinstance(batch, Batches):
         return Partial(_OverBatches(product, batch), params)
     return Partial(product, params, batch)
 
 
-def prepare(kind: str, loss: Any, params: PyTree, batch: PyTree, has_aux: bool = False) -> tuple[Any, PyTree]:
+def prepare(
+    kind: str,
+    loss: Any,
+    params: PyTree,
+    batch: PyTree,
+    has_aux: bool = False,
+    *,
+    products: bool = False,
+    layer: str | None = None,
+) -> tuple[Any, PyTree]:
     """Checks a loss, its parameters and its batch; returns the loss without aux, and the parameters to differentiate.
 
-    Values (NaN, labels) are checked where they are concrete; under ``jit`` a NaN is carried through.
+    Values (NaN, labels) are checked where they are concrete; under ``jit`` a NaN is carried through. For those who take
+    ``products``, of the whole net or one layer, it is checked that they can be taken.
     """
     if kind not in _PRODUCTS:
         raise ValueError(f"unknown curvature {kind!r}; choose from {sorted(_PRODUCTS)}")
@@ -355,6 +364,9 @@ def prepare(kind: str, loss: Any, params: PyTree, batch: PyTree, has_aux: bool =
     if not (hasattr(value, "shape") and value.shape == () and jnp.issubdtype(value.dtype, jnp.floating)):
         hint = "; for (value, aux) say has_aux=True" if isinstance(value, tuple) else "; take the mean over examples"
         raise TypeError(f"the loss must return a floating-point scalar, got {value}{hint}")
+    if products:
+        v = params if layer is None else find_layer(params, layer).take(params)
+        check_forward_mode(loss, (params, batch), _Product(kind, loss, layer), (params, batch, v))
     return loss, params
 
 

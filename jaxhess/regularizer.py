@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxhess._checks import check_count, check_key
+from jaxhess._checks import check_count, check_forward_mode, check_key
 from jaxhess.batches import Batches
 from jaxhess.layers import find_layers, layer_names, middle_layers
 from jaxhess.objective import output_factor_product, output_hessian_product
@@ -113,6 +113,7 @@ def penalty_and_gradient(
         raise ValueError(f"the penalty takes curvature 'hessian' or 'ggn', got {curvature!r}")
     loss, params = prepare(curvature, loss, params, batch, has_aux)
     spec = _Penalty(loss, curvature, sampler(probe), num_probes, leaf_weights(loss, params, batch, layers))
+    check_forward_mode(loss, (params, batch), partial(_penalty, spec), (params, batch, key))
     penalty, gradient = _penalty(spec, params, batch, key)
     return penalty.astype(jnp.result_type(jnp.float32, *jax.tree.leaves(params))), gradient
 

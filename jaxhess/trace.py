@@ -149,7 +149,7 @@ def layer_traces(
     propagation).
     """
     check_key(key)
-    loss, params = prepare(curvature, objective, params, batch, has_aux)
+    loss, params = prepare(curvature, objective, params, batch, has_aux, products=curvature != "ggn")
     names = layer_names(params, loss, batch)
     samples = _LayerSamples(curvature, loss, find_layers(params, names), sampler(probe))
     if curvature == "ggn" and not hasattr(loss.criterion, "factor_product"):
