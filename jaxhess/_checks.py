@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -37,6 +38,24 @@ def check_known(what: str, instead: str, *trees: PyTree) -> None:
     """TypeError for traced values where the host needs numbers."""
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(trees)):
         raise TypeError(f"{what} on the host and cannot run under jit, vmap or grad; {instead}")
+
+
+def at_least_float32(*values: Any) -> Any:
+    """The widest floating-point type of arrays or types, float32 at least, under strict promotion of types too."""
+    found = [jnp.result_type(value) for value in values]
+    wide = [dtype for dtype in found if jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits >= 32]
+    return max(wide, key=lambda dtype: dtype.itemsize, default=jnp.dtype(jnp.float32))
+
+
+def standard_promotion(function: Callable) -> Callable:
+    """The function under JAX's standard promotion of types: for arithmetic of the library's own between two types."""
+
+    @functools.wraps(function)
+    def promoting(*args):
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*args)
+
+    return promoting
 
 
 # ---- functions without forward mode ----

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxhess._checks import check_forward_mode
+from jaxhess._checks import at_least_float32, check_forward_mode
 
 PyTree = Any
 
@@ -127,7 +127,7 @@ class CrossEntropy(_Labelled):
                 f"weights of shape {weights.shape} do not fit outputs of shape {outputs.shape}: "
                 f"one weight for each row, {outputs.shape[:-1]}, is needed"
             )
-        return weights.astype(jnp.promote_types(outputs.dtype, jnp.float32))
+        return weights.astype(at_least_float32(outputs))
 
     def _checked(self, outputs, batch):
         labels = self._read(batch)
@@ -290,7 +290,7 @@ def _faults(criterion, outputs, batch):
 
 def _output_blocks(criterion, outputs, batch):
     """The C x C blocks of S, (..., C, C), and two flags: S has more than these blocks; a block is indefinite."""
-    outputs = outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))  # no eigenvalues of half precision
+    outputs = outputs.astype(at_least_float32(outputs))  # no eigenvalues of half precision
 
     def blocks_at(outputs):
         columns = jax.vmap(
@@ -301,7 +301,7 @@ def _output_blocks(criterion, outputs, batch):
     blocks = blocks_at(outputs)
     # Blocks read off with one direction in all rows are S only if no row feels another one's direction: tried with a
     # direction without any pattern.
-    signs = jnp.sign(jnp.sin(1.0 + jnp.arange(outputs.size) ** 2)).reshape(outputs.shape).astype(outputs.dtype)
+    signs = jnp.sign(jnp.sin(1.0 + jnp.arange(outputs.size, dtype=outputs.dtype) ** 2)).reshape(outputs.shape)
     product = output_hessian_product(criterion, outputs, batch, signs)
     # On a net that is trained to the end S vanishes, and the rounding of its derivation does not: that is of the size
     # that S has elsewhere, in the criterion's own units.

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from jaxhess._checks import check_forward_mode
+from jaxhess._checks import at_least_float32, check_forward_mode
 from jaxhess.batches import Batches, first_batch, leading_axis
 from jaxhess.layers import find_layer
 from jaxhess.objective import CrossEntropy, Objective, output_hessian_product
@@ -151,7 +151,7 @@ def linearize(operator: Operator, *, like: PyTree) -> Operator:
     if runs_on_host(operator):
         return operator
     # In the precision of the products, which is that of the vectors that samplers draw.
-    like = jax.tree.map(lambda x: jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32)), like)
+    like = jax.tree.map(lambda x: jnp.asarray(x, at_least_float32(x)), like)
     return Partial(_apply_linear, _linearize(as_partial(operator), like), like)
 
 
@@ -417,7 +417,7 @@ def _differentiable(params):
                 f"convert it, or keep it in the batch"
             )
     # Half precision has too few digits for second derivatives.
-    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32)), params)
+    params = jax.tree.map(lambda x: jnp.asarray(x, at_least_float32(x)), params)
     finite = _finite(jax.tree.leaves(params))
     if not any(isinstance(ok, jax.core.Tracer) for ok in finite):
         if bad := [jax.tree_util.keystr(path) for (path, _), ok in zip(leaves, finite, strict=True) if not ok]:

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxhess._checks import check_count, check_forward_mode, check_key
+from jaxhess._checks import at_least_float32, check_count, check_forward_mode, check_key
 from jaxhess.batches import Batches
 from jaxhess.layers import find_layers, layer_names, middle_layers
 from jaxhess.objective import output_factor_product, output_hessian_product
 from jaxhess.operators import UNROLLED, prepare
-from jaxhess.trace import random_like, sampler
+from jaxhess.trace import inner, random_like, sampler
 
 PyTree = Any
 Layers = str | Sequence[str] | Mapping[str, float]
@@ -115,7 +115,7 @@ def penalty_and_gradient(
     spec = _Penalty(loss, curvature, sampler(probe), num_probes, leaf_weights(loss, params, batch, layers))
     check_forward_mode(loss, (params, batch), partial(_penalty, spec), (params, batch, key))
     penalty, gradient = _penalty(spec, params, batch, key)
-    return penalty.astype(jnp.result_type(jnp.float32, *jax.tree.leaves(params))), gradient
+    return penalty.astype(at_least_float32(*jax.tree.leaves(params))), gradient
 
 
 def leaf_weights(loss: Callable, params: PyTree, batch: PyTree, layers: Layers) -> tuple[tuple[float, ...], ...]:
@@ -244,7 +244,7 @@ def _ggn_form(spec, params, batch, key):
     # cotangent at t = 0 is u itself, so that the compiler shares the passes of g.
     (slope_of_u,) = pull_noisy(jax.jvp(predict, (params,), (direction,))[1])
     slope = jax.jvp(transposed, (params, u), (direction, slope_of_u))[1]
-    return optax.tree.vdot(g, direction), optax.tree.scale(2.0, slope)
+    return inner(g, direction), optax.tree.scale(2.0, slope)
 
 
 def _ggn_form_without_factor(spec, params, batch, key):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxhess._checks import check_count, check_key, check_like
+from jaxhess._checks import at_least_float32, check_count, check_key, check_like, standard_promotion
 from jaxhess.batches import Batches, first_batch
 from jaxhess.layers import Layer, find_layers, layer_names
 from jaxhess.objective import check_factor, output_factor_product
@@ -211,8 +211,8 @@ def _draw(key, like, distribution):
     """One draw, cut into leaves: XLA takes many times as long to compile a draw for each leaf."""
     leaves, treedef = jax.tree.flatten(like)
     ends = np.cumsum([np.size(x) for x in leaves], dtype=int)
-    dtypes = [jnp.promote_types(jnp.result_type(x), jnp.float32) for x in leaves]
-    flat = distribution(key, (int(ends[-1]),), jnp.result_type(*dtypes))
+    dtypes = [at_least_float32(x) for x in leaves]
+    flat = distribution(key, (int(ends[-1]),), at_least_float32(*dtypes))
     pieces = zip(jnp.split(flat, ends[:-1]), leaves, dtypes, strict=True)
     parts = [piece.reshape(jnp.shape(x)).astype(dtype) for piece, x, dtype in pieces]
     return jax.tree.unflatten(treedef, parts)
@@ -225,7 +225,17 @@ def _random_stack(keys, like, distribution):
 
 @jax.jit
 def _dots(vectors, products):
-    return jax.vmap(optax.tree.vdot)(vectors, products)[:, None]
+    return jax.vmap(inner)(vectors, products)[:, None]
+
+
+@standard_promotion
+def inner(a: PyTree, b: PyTree) -> jax.Array:
+    """The inner product of two trees."""
+    return optax.tree.vdot(a, b)
+
+
+_squared = standard_promotion(partial(optax.tree.norm, squared=True))
+_stack = standard_promotion(jnp.stack)
 
 
 def _quadratic_forms(operator, like, distribution, keys):
@@ -272,7 +282,7 @@ def _product_forms(spec, params, batch, keys):
     def one(key):
         v = random_like(key, params, spec.distribution)
         product_v = product(params, batch, v)
-        return jnp.stack([optax.tree.vdot(layer.arrays(v), layer.arrays(product_v)) for layer in spec.layers])
+        return _stack([inner(layer.arrays(v), layer.arrays(product_v)) for layer in spec.layers])
 
     return map_rows(one, keys)
 
@@ -283,7 +293,7 @@ def _ggn_forms(spec, params, batch, keys):
     def one(key):
         noise = spec.distribution(key, outputs.shape, outputs.dtype)
         (gradient,) = pull(output_factor_product(spec.loss.criterion, outputs, batch, noise))
-        return jnp.stack([optax.tree.norm(layer.arrays(gradient), squared=True) for layer in spec.layers])
+        return _stack([_squared(layer.arrays(gradient)) for layer in spec.layers])
 
     return jax.vmap(one)(keys)
 

@@ -1,11 +1,14 @@
 """Errors that help: each names the thing, says what it is, and ends in what to write instead."""
 
+import inspect
+
 import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from helpers import distance, labels, normal
+from helpers import distance, labels, normal, problem
 
 import jaxhess as jh
 
@@ -159,3 +162,94 @@ def test_a_criterion_with_a_rule_of_its_own_is_named():
     for call in (jh.ggn_eigenvalues, lambda *at: jh.layer_traces(*at, key=KEY, curvature="ggn")):
         with pytest.raises(TypeError, match="squares at .*custom_vjp.*criterion.*cross_entropy"):
             call(p.objective, p.params, p.batch)
+
+
+# ---- strict promotion of types ----
+
+P = problem("mlp")
+
+
+def everything(objective, params, batch):
+    """A call of every public function with a net, by its name; with several ways where they differ inside."""
+    at, hv = (objective, params, batch), jh.hessian(objective, params, batch)
+    few = {"key": KEY, "num_probes": 2}
+    ones = jax.tree.map(jnp.ones_like, params)
+
+    def update(every):
+        tx = jh.add_hessian_trace(objective, optax.linear_schedule(0.0, 0.1, 4), key=KEY, every=every)
+        return tx.update(ones, tx.init(params), params, batch=batch)
+
+    return {
+        "hessian": lambda: hv(ones),
+        "ggn": lambda: jh.ggn(*at)(ones),
+        "functional_hessian": lambda: jh.functional_hessian(*at)(ones),
+        "hessian, Batches": lambda: jh.hessian(*at[:2], jh.Batches([batch, batch]))(ones),
+        "linearize": lambda: jh.linearize(hv, like=params)(ones),
+        "trace": lambda: jh.trace(hv, like=params, **few),
+        "layer_traces": lambda: jh.layer_traces(*at, **few),
+        "layer_traces, ggn": lambda: jh.layer_traces(*at, **few, curvature="ggn", probe="gaussian"),
+        "layer_traces, jit": lambda: jax.jit(lambda p: jh.layer_traces(objective, p, batch, **few)["total"].mean)(
+            params
+        ),
+        "lanczos": lambda: jh.lanczos(hv, params, 2, restart_key=KEY),
+        "lanczos, host": lambda: jh.lanczos(hv, params, 2, reorthogonalize="host"),
+        "lanczos, jit": lambda: jax.jit(lambda p: jh.lanczos(hv, p, 2, reorthogonalize=False).alphas)(params),
+        "top_eigenpairs": lambda: jh.top_eigenpairs(hv, like=params, key=KEY, k=1, num_steps=2),
+        "spectrum": lambda: jh.spectrum(hv, like=params, key=KEY, num_steps=2).density(),
+        "layer_spectra": lambda: jh.layer_spectra(*at, key=KEY, num_steps=2),
+        "layer_spectra, auto": lambda: jh.layer_spectra(*at, key=KEY, num_steps=2, method="auto"),
+        "ggn_eigenvalues": lambda: jh.ggn_eigenvalues(*at),
+        "class_structure": lambda: objective is not P.objective or jh.class_structure(*at, 3),
+        "layer_class_structures": lambda: objective is not P.objective or jh.layer_class_structures(*at, 3),
+        "hessian_trace_penalty": lambda: jh.hessian_trace_penalty(*at, key=KEY, num_probes=2, layers={"fc1": 0.5}),
+        "hessian_trace_penalty, ggn": lambda: jh.hessian_trace_penalty(*at, key=KEY, curvature="ggn"),
+        "add_hessian_trace": lambda: update(1),
+        "add_hessian_trace, jit": lambda: jax.jit(lambda: update(2))(),
+        "summarize": lambda: str(jh.summarize(*at, num_steps=2, **few)),
+        "layer_names": lambda: jh.layer_names(params, objective, batch),
+        "subtree": lambda: jh.subtree(params, "fc1"),
+        "middle_layers": lambda: jh.middle_layers(["fc1", "fc2"]),
+        "wasserstein": lambda: jh.wasserstein(*SPECTRA, normalize=True),
+        "jensen_shannon": lambda: jh.jensen_shannon(*SPECTRA),
+        "kl_divergence": lambda: jh.kl_divergence(*SPECTRA),
+        "count_outliers": lambda: jh.count_outliers(jnp.arange(20.0)),
+    }
+
+
+SPECTRA = jh.Spectrum([0.0, 1.0], [0.5, 0.5], 2), jh.Spectrum([0.0, 2.0], [0.5, 0.5], 2)
+BATCH = P.batch | {"label": np.arange(7, dtype=np.int32) % 3}
+HALF = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), P.params)
+NETS = {
+    "cross-entropy": (P.objective, P.params, BATCH),
+    "own criterion": (problem("mlp, own criterion").objective, P.params, BATCH),
+    "bfloat16": (P.objective, HALF, BATCH),
+}
+
+
+def test_every_public_function_is_tried():
+    public = {name for name, value in vars(jh).items() if inspect.isfunction(value)}
+    assert public == {name.split(",")[0] for name in everything(*NETS["cross-entropy"])}
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_strict_promotion_of_types(net):
+    with jax.numpy_dtype_promotion("strict"):
+        for name, call in everything(*NETS[net]).items():
+            if not (net == "bfloat16" and name == "layer_names"):  # the user's own loss, of parameters as they are
+                call()
+
+
+def test_strict_promotion_of_parameters_in_two_precisions(x64):
+    params = {"fc1": helpers.cast(P.params["fc1"], jnp.float64), "fc2": helpers.cast(P.params["fc2"], jnp.float32)}
+
+    def predict(params, batch):
+        h = jnp.tanh(helpers.affine(params["fc1"], jnp.asarray(batch["x"], jnp.float64)))
+        return helpers.affine(params["fc2"], h.astype(jnp.float32))
+
+    objective = jh.Objective(predict, jh.cross_entropy)
+    expected = jh.layer_traces(objective, params, BATCH, key=KEY, num_probes=2)
+    with jax.numpy_dtype_promotion("strict"):
+        assert jh.layer_traces(objective, params, BATCH, key=KEY, num_probes=2) == expected
+        calls = everything(objective, params, BATCH)
+        for name in ("trace", "layer_traces, ggn", "lanczos, host", "lanczos, jit", "layer_spectra", "ggn_eigenvalues"):
+            calls[name]()
