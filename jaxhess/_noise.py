@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
+from jaxhess._checks import at_least_float32
 from jaxhess.operators import coarsest_eps, perturbed, to_host
 
 PyTree = Any
@@ -93,8 +94,7 @@ def _growth(products, scale):
 
 def _own_eps(like):
     """Rounding of the precision that products are taken in, which is that of ``like`` but at least float32."""
-    dtypes = [jnp.promote_types(jnp.result_type(x), jnp.float32) for x in jax.tree.leaves(like)]
-    return max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
+    return max(float(jnp.finfo(at_least_float32(x)).eps) for x in jax.tree.leaves(like))
 
 
 def _apply(operator, vectors):

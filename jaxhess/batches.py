@@ -84,9 +84,8 @@ class Batches:
             )
 
     def __iter__(self) -> Iterator[PyTree]:
-        if _is_indexed(self.batches):
-            return (self.batches[i] for i in range(len(self.batches)))
-        return iter(self.batches)
+        batches: Any = self.batches
+        return (batches[i] for i in range(len(batches))) if _is_indexed(batches) else iter(batches)
 
     def weighted(self) -> Iterator[tuple[float, PyTree]]:
         """Pairs (number of examples, batch); ValueError for no batches, an empty one, or a pass that is not the first.

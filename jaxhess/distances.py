@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import scipy.stats
 
 from jaxhess.spectrum import Spectrum, broadening, is_point
 
 
-def wasserstein(
-    a: Spectrum, b: Spectrum, *, normalize: bool = False, with_error: bool = False
-) -> float | tuple[float, float]:
+def wasserstein(a: Spectrum, b: Spectrum, *, normalize: bool = False, with_error: bool = False) -> Any:
     """Wasserstein-1 distance of two spectra, the area between their cumulative distributions.
 
     W1 = integral |F_a(t) - F_b(t)| dt, on the nodes and weights themselves: no grid, no broadening.

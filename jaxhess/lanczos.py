@@ -16,9 +16,10 @@ import optax
 import scipy.linalg
 from numpy.typing import ArrayLike
 
+from jaxhess._checks import at_least_float32, check_count, check_key, check_known, check_like, standard_promotion
 from jaxhess._noise import Run, noise
 from jaxhess.operators import apply_stacked, as_partial, runs_on_host
-from jaxhess.trace import check_count, check_key, check_known, check_like, random_like, spread
+from jaxhess.trace import random_like, spread
 
 PyTree = Any
 
@@ -257,6 +258,7 @@ def dimension(tree: PyTree) -> int:
 
 
 @jax.jit
+@standard_promotion
 def tree_norm(tree: PyTree) -> jax.Array:
     """The Euclidean norm, by no square that is out of range: float32 has none of numbers below 1e-19."""
     largest = reduce(jnp.maximum, [jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(tree)])
@@ -285,6 +287,7 @@ def _on_cpu(x):
 
 
 @jax.jit
+@standard_promotion
 def _residuals(products, vectors, values):
     rests = jax.tree.map(
         lambda a, v: a - v * values.astype(v.dtype).reshape(-1, *[1] * (v.ndim - 1)), products, vectors
@@ -296,9 +299,10 @@ def _residuals(products, vectors, values):
 
 
 @partial(jax.jit, static_argnums=(1, 2))
+@standard_promotion
 def _begin(start, num_steps, keep_basis):
-    start = jax.tree.map(lambda x: jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32)), start)
-    dtype = jnp.result_type(*jax.tree.leaves(start))
+    start = jax.tree.map(lambda x: jnp.asarray(x, at_least_float32(x)), start)
+    dtype = at_least_float32(*jax.tree.leaves(start))
     return _State(
         step=jnp.array(0),
         alphas=jnp.zeros(num_steps, dtype),
@@ -306,7 +310,7 @@ def _begin(start, num_steps, keep_basis):
         scale=jnp.zeros((), dtype),
         alive=jnp.array(True),
         num_valid=jnp.array(0),
-        vector=optax.tree.scale(1 / tree_norm(start), start),
+        vector=_as(optax.tree.scale(1 / tree_norm(start), start), start),
         previous=None if keep_basis else optax.tree.zeros_like(start),
     )
 
@@ -326,6 +330,7 @@ def _empty_basis(vector, num_steps, where):
 
 
 @jax.jit
+@standard_promotion
 def _advance(state, basis, product, restart_key):
     """One step, given the product of the operator with the state's vector, which is not yet a row of the basis."""
     vector = state.vector
@@ -356,7 +361,7 @@ def _follow(state, product, rest, has_basis):
         betas=state.betas.at[state.step].set(beta),
         scale=scale,
         alive=state.alive & ~exhausted,
-        num_valid=state.num_valid + state.alive,
+        num_valid=state.num_valid + state.alive.astype(int),
         vector=_as(optax.tree.scale(jnp.where(exhausted, 0, 1 / jnp.where(exhausted, 1, beta)), rest), state.vector),
         previous=None if has_basis else state.vector,
     )
@@ -401,6 +406,7 @@ def _fresh(basis, last, key):
     return optax.tree.scale(jnp.where(ok, 1 / jnp.where(ok, norm, 1), 0), vector)
 
 
+@standard_promotion
 def _advance_on_host(state, basis, product, restart_key):
     """`_advance` with a basis in numpy."""
     vector, rest = (jax.tree.map(np.asarray, tree) for tree in (state.vector, product))

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhess import _softmax
+import jaxhess._softmax as softmax
+from jaxhess._checks import at_least_float32, check_forward_mode
 
 PyTree = Any
 
@@ -137,24 +138,24 @@ class CrossEntropy(_Labelled):
     def __call__(self, outputs: jax.Array, batch: PyTree) -> jax.Array:
         """The mean cross-entropy, a scalar."""
         z, t, shares = self._parts(outputs, batch)
-        return (_softmax.losses(self.z_loss, z, t) * shares).sum()
+        return (softmax.losses(self.z_loss, z, t) * shares).sum()
 
     def hessian_product(self, outputs: jax.Array, batch: PyTree, tangent: jax.Array) -> jax.Array:
         """S t, with the 1/N of the mean in S; ``tangent`` like ``outputs``."""
         z, t, shares = self._parts(outputs, batch)
-        product = _softmax.hessian_product(self.z_loss, z, t, tangent.astype(z.dtype))
+        product = softmax.hessian_product(self.z_loss, z, t, tangent.astype(z.dtype))
         return (product * shares[..., None] / self.temperature**2).astype(outputs.dtype)
 
     def factor_product(self, outputs: jax.Array, batch: PyTree, noise: jax.Array) -> jax.Array:
         """B e with B B' = S, the 1/N of the mean included; ``noise`` like ``outputs``."""
         z, t, shares = self._parts(outputs, batch)
-        product = _softmax.factor_product(self.z_loss, z, t, noise.astype(z.dtype))
+        product = softmax.factor_product(self.z_loss, z, t, noise.astype(z.dtype))
         return (product * jnp.sqrt(shares)[..., None] / self.temperature).astype(outputs.dtype)
 
     def _parts(self, outputs, batch):
         """Logits and targets (..., C), and what each row counts, in at least float32."""
         labels, weights = self._checked(outputs, batch), self._weights(outputs, batch)
-        classes, dtype = outputs.shape[-1], jnp.promote_types(outputs.dtype, jnp.float32)
+        classes, dtype = outputs.shape[-1], at_least_float32(outputs)
         z = outputs.astype(dtype) / self.temperature
         soft = labels.ndim == outputs.ndim
         known = True if soft else (labels >= 0) & (labels < classes)
@@ -184,7 +185,7 @@ class CrossEntropy(_Labelled):
                 f"weights of shape {weights.shape} do not fit outputs of shape {outputs.shape}: "
                 f"one weight for each row, {outputs.shape[:-1]}, is needed"
             )
-        return weights.astype(jnp.promote_types(outputs.dtype, jnp.float32))
+        return weights.astype(at_least_float32(outputs))
 
     def _checked(self, outputs, batch):
         labels = self._read(batch)
@@ -256,7 +257,7 @@ class SquaredError(_Labelled):
     def __call__(self, outputs: jax.Array, batch: PyTree) -> jax.Array:
         """The mean squared error, a scalar."""
         labels = self._checked(outputs, batch)
-        dtype = jnp.promote_types(jnp.promote_types(outputs.dtype, labels.dtype), jnp.float32)
+        dtype = at_least_float32(outputs, labels)
         return jnp.sum((outputs.astype(dtype) - labels.astype(dtype)) ** 2) / self._rows(outputs)
 
     @staticmethod
@@ -297,7 +298,7 @@ def output_hessian_product(criterion, outputs, batch, tangent):
     """S t for any criterion: its own closed form, or the derivative of its gradient along t."""
     if hasattr(criterion, "hessian_product"):
         return criterion.hessian_product(outputs, batch, tangent)
-    full = outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
+    full = outputs.astype(at_least_float32(outputs))
     slope = jax.grad(lambda o: criterion(o, batch))
     return jax.jvp(slope, (full,), (tangent.astype(full.dtype),))[1].astype(outputs.dtype)
 
@@ -339,13 +340,13 @@ class Factored:
 
     def factor_product(self, outputs: jax.Array, batch: PyTree, noise: jax.Array) -> jax.Array:
         """B e with B B' = S; NaN where a block of S is not positive semi-definite, or S is more than its blocks."""
-        full = outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
+        full = outputs.astype(at_least_float32(outputs))
         noise = noise.astype(full.dtype)
         if self.form == "diagonal":
             product = jnp.sqrt(_diagonal(self.criterion, full, batch)) * noise
         elif self.form == "softmax":
             steepness = _steepness(self.criterion, full, batch)
-            product = jnp.sqrt(steepness) * _softmax.factor_product(0.0, full, _unit_targets(full), noise)
+            product = jnp.sqrt(steepness) * softmax.factor_product(0.0, full, _unit_targets(full), noise)
         else:
             blocks, faults = _output_blocks(self.criterion, full, batch)
             values, vectors = jnp.linalg.eigh(blocks)
@@ -366,6 +367,13 @@ def factored(criterion: Callable, outputs: jax.Array, batch: PyTree, *, max_clas
     """
     if hasattr(criterion, "factor_product"):
         return criterion
+    check_forward_mode(
+        criterion,
+        (outputs, batch),
+        partial(output_hessian_product, criterion),
+        (outputs, batch, outputs),
+        "It is in the criterion: give cross_entropy or squared_error, which have closed forms, or one without the rule",
+    )
     few = outputs.shape[-1] <= max_classes
     with jax.default_matmul_precision("float32"):
         found = _forms(criterion, outputs, batch)
@@ -412,7 +420,7 @@ def _zeros(outputs):
 
 
 def _unit_targets(outputs):
-    """Targets of sum one, all that the curvature of `_softmax` asks of them."""
+    """Targets of sum one, all that the curvature of `jaxhess._softmax` asks of them."""
     return jnp.full_like(outputs, 1 / outputs.shape[-1])
 
 
@@ -428,7 +436,7 @@ def _forms(criterion, outputs, batch):
     S has a form if it has it at these outputs and at two other places, since of a trained net S may be nothing but
     rounding. A place where the criterion is not finite does not count.
     """
-    outputs = outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
+    outputs = outputs.astype(at_least_float32(outputs))
     e, elsewhere, mask = _directions(outputs, 3)
     some = mask[..., :1] > 0
     vectors = jnp.stack([e, jnp.ones_like(e), jnp.where(some, e, 0)])
@@ -436,10 +444,10 @@ def _forms(criterion, outputs, batch):
 
     def look(o):
         whole, diagonal, part = jax.vmap(partial(output_hessian_product, criterion, o, batch))(vectors)
-        softmax = steepness * _softmax.hessian_product(0.0, o, _unit_targets(o), e)
+        guess = steepness * softmax.hessian_product(0.0, o, _unit_targets(o), e)
         differences = {
             "diagonal": whole - diagonal * e,
-            "softmax": whole - softmax,
+            "softmax": whole - guess,
             "coupled": part - jnp.where(some, whole, 0),
         }
         worst = {name: jnp.max(jnp.abs(x)) for name, x in differences.items()}
@@ -468,7 +476,7 @@ def _faults(criterion, outputs, batch):
 
 def _output_blocks(criterion, outputs, batch):
     """The C x C blocks of S, (..., C, C), and two flags: S has more than these blocks; a block is indefinite."""
-    outputs = outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))  # no eigenvalues of half precision
+    outputs = outputs.astype(at_least_float32(outputs))  # no eigenvalues of half precision
 
     def blocks_at(outputs):
         columns = jax.vmap(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ import optax
 from jax.experimental import multihost_utils
 from jax.tree_util import Partial
 
+from jaxhess._checks import at_least_float32, check_forward_mode, equations
 from jaxhess.batches import Batches, first_batch, leading_axis
 from jaxhess.layers import Layer, find_layer
 from jaxhess.objective import Objective, output_hessian_product
@@ -153,7 +154,7 @@ def linearize(operator: Operator, *, like: PyTree) -> Operator:
     if runs_on_host(operator):
         return operator
     # In the precision of the products, which is that of the vectors that samplers draw.
-    like = jax.tree.map(lambda x: jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32)), like)
+    like = jax.tree.map(lambda x: jnp.asarray(x, at_least_float32(x)), like)
     operator = as_partial(operator)
     return Partial(_Linear(), _linearize(operator, like), like, operator)
 
@@ -237,18 +238,6 @@ def _roundings(jaxpr):
             old, new = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
             if all(jnp.issubdtype(x, jnp.floating) for x in (old, new)) and jnp.finfo(new).eps > jnp.finfo(old).eps:
                 yield new
-
-
-def equations(jaxpr: Any, in_loop: bool = False) -> Iterator[tuple[Any, bool]]:
-    """All equations of a jaxpr and of those inside it, each with whether it runs in a loop."""
-    for eqn in jaxpr.eqns:
-        yield eqn, in_loop
-        inside = in_loop or eqn.primitive.name in ("scan", "while")
-        for value in eqn.params.values():
-            for inner in value if isinstance(value, (tuple, list)) else [value]:
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from equations(inner, inside)
 
 
 def apply_stacked(operator: Operator, vectors: PyTree) -> PyTree:
@@ -419,19 +408,27 @@ def _accumulate(product, stacked, params, batch, v, mean, share):
 
 
 def _operator(kind, loss, params, batch, layer, has_aux):
-    loss, params = prepare(kind, loss, params, batch, has_aux)
-    if layer is not None:
-        find_layer(params, layer)  # an unknown name fails here, not at the first product
+    loss, params = prepare(kind, loss, params, batch, has_aux, products=True, layer=layer)
     product = _Product(kind, loss, layer)
     if isinstance(batch, Batches):
         return Partial(_OverBatches(product, batch), params)
     return Partial(product, params, batch)
 
 
-def prepare(kind: str, loss: Any, params: PyTree, batch: PyTree, has_aux: bool = False) -> tuple[Any, PyTree]:
+def prepare(
+    kind: str,
+    loss: Any,
+    params: PyTree,
+    batch: PyTree,
+    has_aux: bool = False,
+    *,
+    products: bool = False,
+    layer: str | None = None,
+) -> tuple[Any, PyTree]:
     """Checks a loss, its parameters and its batch; returns the loss without aux, and the parameters to differentiate.
 
-    Values (NaN, labels) are checked where they are concrete; under ``jit`` a NaN is carried through.
+    Values (NaN, labels) are checked where they are concrete; under ``jit`` a NaN is carried through. For those who take
+    ``products``, of the whole net or one layer, it is checked that they can be taken.
     """
     if kind not in _PRODUCTS:
         raise ValueError(f"unknown curvature {kind!r}; choose from {sorted(_PRODUCTS)}")
@@ -469,6 +466,9 @@ def prepare(kind: str, loss: Any, params: PyTree, batch: PyTree, has_aux: bool =
         raise TypeError(f"the loss must return a floating-point scalar, got {value}{hint}")
     if isinstance(batches, Batches) and batches.check:
         _check_mean(loss, params, batches)
+    if products:
+        v = params if layer is None else find_layer(params, layer).take(params)
+        check_forward_mode(loss, (params, batch), _Product(kind, loss, layer), (params, batch, v))
     return loss, params
 
 
@@ -569,7 +569,7 @@ def _differentiable(params):
                 f"convert it, or keep it in the batch"
             )
     # Half precision has too few digits for second derivatives.
-    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32)), params)
+    params = jax.tree.map(lambda x: jnp.asarray(x, at_least_float32(x)), params)
     finite = _finite(jax.tree.leaves(params))
     if not any(isinstance(ok, jax.core.Tracer) for ok in finite):
         if bad := [jax.tree_util.keystr(path) for (path, _), ok in zip(leaves, finite, strict=True) if not ok]:

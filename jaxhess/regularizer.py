@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxhess._checks import at_least_float32, check_count, check_forward_mode, check_key, equations
 from jaxhess.batches import Batches
 from jaxhess.layers import find_layers, layer_names, middle_layers
 from jaxhess.objective import output_factor_product, output_hessian_product
-from jaxhess.operators import UNROLLED, equations, prepare
-from jaxhess.trace import check_count, check_key, random_like, sampler
+from jaxhess.operators import UNROLLED, prepare
+from jaxhess.trace import inner, random_like, sampler
 
 PyTree = Any
 Layers = str | Sequence[str] | Mapping[str, float]
@@ -114,8 +115,9 @@ def penalty_and_gradient(
     weights = leaf_weights(loss, params, batch, layers)
     in_loop = num_probes > 1 and _runs_in_loop(loss, params, batch)
     spec = _Penalty(loss, curvature, sampler(probe), num_probes, weights, in_loop)
+    check_forward_mode(loss, (params, batch), partial(_penalty, spec), (params, batch, key))
     penalty, gradient = _penalty(spec, params, batch, key)
-    return penalty.astype(jnp.result_type(jnp.float32, *jax.tree.leaves(params))), gradient
+    return penalty.astype(at_least_float32(*jax.tree.leaves(params))), gradient
 
 
 def leaf_weights(loss: Callable, params: PyTree, batch: PyTree, layers: Layers) -> tuple[tuple[float, ...], ...]:
@@ -269,7 +271,7 @@ def _ggn_form(spec, params, batch, key):
     # cotangent at t = 0 is u itself, so that the compiler shares the passes of g.
     (slope_of_u,) = pull_noisy(jax.jvp(predict, (params,), (direction,))[1])
     slope = jax.jvp(transposed, (params, u), (direction, slope_of_u))[1]
-    return optax.tree.vdot(g, direction), optax.tree.scale(2.0, slope)
+    return inner(g, direction), optax.tree.scale(2.0, slope)
 
 
 def _ggn_form_without_factor(spec, params, batch, key):

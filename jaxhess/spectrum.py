@@ -11,13 +11,14 @@ import jax
 import numpy as np
 import scipy.special
 
+from jaxhess._checks import check_count, check_key, check_known, check_like
 from jaxhess._noise import Run, noise
 from jaxhess.batches import Batches
 from jaxhess.lanczos import dimension, lanczos, ritz, ritz_run, tree_norm
 from jaxhess.layers import Layer, find_layers, layer_names
 from jaxhess.operators import _operator, as_partial, block, linearize, prepare
 from jaxhess.structure import gram_eigenvalues, gram_rows
-from jaxhess.trace import check_count, check_key, check_known, check_like, random_like
+from jaxhess.trace import random_like
 
 PyTree = Any
 _GRAM_ROWS = 2000
@@ -364,7 +365,7 @@ def layer_spectra(
 
 
 def spectra_of_layers(
-    loss: Callable,
+    loss: Any,
     params: PyTree,
     batch: PyTree,
     *,
@@ -407,8 +408,8 @@ def spectra_of_layers(
         summed = [layer for layer in every if "total" in exact or layer.name in exact]
         values = gram_eigenvalues(loss, params, batch, summed, exact, max_bytes=max_bytes, progress=progress)
         for name in values:
-            found, rounding = values[name]
-            spec = Spectrum.from_eigenvalues(found, dims[name])
+            eigenvalues, rounding = values[name]
+            spec = Spectrum.from_eigenvalues(eigenvalues, dims[name])
             error = np.full(len(spec.nodes), rounding * spec.lambda_max)
             spectra[name] = dataclasses.replace(spec, num_steps=num_steps, residuals=error)
     if exact == set(parts):

@@ -10,13 +10,14 @@ from typing import Any
 
 import jax
 
+from jaxhess._checks import check_key
 from jaxhess.distances import count_outliers, outlier_range, wasserstein
 from jaxhess.lanczos import dimension, tree_norm
 from jaxhess.layers import layer_names, subtree
 from jaxhess.objective import NoFactorError, Objective
 from jaxhess.operators import prepare
 from jaxhess.spectrum import Spectrum, spectra_of_layers
-from jaxhess.trace import Estimate, check_key, layer_traces
+from jaxhess.trace import Estimate, layer_traces
 
 PyTree = Any
 

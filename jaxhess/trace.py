@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxhess._checks import at_least_float32, check_count, check_key, check_like, standard_promotion
 from jaxhess.batches import Batches, first_batch
 from jaxhess.layers import Layer, find_layers, layer_names
 from jaxhess.objective import Objective, factored, outputs_of
@@ -150,7 +151,7 @@ def layer_traces(
     propagation).
     """
     check_key(key)
-    loss, params = prepare(curvature, objective, params, batch, has_aux)
+    loss, params = prepare(curvature, objective, params, batch, has_aux, products=curvature != "ggn")
     names = layer_names(params, loss, batch)
     form = "product"
     if curvature == "ggn":
@@ -215,8 +216,8 @@ def _draw(key, like, distribution):
     """One draw, cut into leaves: XLA takes many times as long to compile a draw for each leaf."""
     leaves, treedef = jax.tree.flatten(like)
     ends = np.cumsum([np.size(x) for x in leaves], dtype=int)
-    dtypes = [jnp.promote_types(jnp.result_type(x), jnp.float32) for x in leaves]
-    flat = distribution(key, (int(ends[-1]),), jnp.result_type(*dtypes))
+    dtypes = [at_least_float32(x) for x in leaves]
+    flat = distribution(key, (int(ends[-1]),), at_least_float32(*dtypes))
     pieces = zip(jnp.split(flat, ends[:-1]), leaves, dtypes, strict=True)
     parts = [piece.reshape(jnp.shape(x)).astype(dtype) for piece, x, dtype in pieces]
     return jax.tree.unflatten(treedef, parts)
@@ -229,7 +230,17 @@ def _random_stack(keys, like, distribution):
 
 @jax.jit
 def _dots(vectors, products):
-    return jax.vmap(optax.tree.vdot)(vectors, products)[:, None]
+    return jax.vmap(inner)(vectors, products)[:, None]
+
+
+@standard_promotion
+def inner(a: PyTree, b: PyTree) -> jax.Array:
+    """The inner product of two trees."""
+    return optax.tree.vdot(a, b)
+
+
+_squared = standard_promotion(partial(optax.tree.norm, squared=True))
+_stack = standard_promotion(jnp.stack)
 
 
 def _quadratic_forms(operator, like, distribution, keys):
@@ -277,7 +288,7 @@ def _product_forms(spec, params, batch, keys):
     def one(key):
         v = random_like(key, params, spec.distribution)
         product_v = product(params, batch, v)
-        return jnp.stack([optax.tree.vdot(layer.arrays(v), layer.arrays(product_v)) for layer in spec.layers])
+        return _stack([inner(layer.arrays(v), layer.arrays(product_v)) for layer in spec.layers])
 
     return map_rows(one, keys)
 
@@ -288,7 +299,7 @@ def _ggn_forms(spec, params, batch, keys):
     def one(key):
         noise = spec.distribution(key, outputs.shape, outputs.dtype)
         (gradient,) = pull(spec.loss.criterion.factor_product(outputs, batch, noise))
-        return jnp.stack([optax.tree.norm(layer.arrays(gradient), squared=True) for layer in spec.layers])
+        return _stack([_squared(layer.arrays(gradient)) for layer in spec.layers])
 
     return jax.vmap(one)(keys)
 
@@ -343,30 +354,3 @@ def _keys(key, first, count):
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     return jax.vmap(partial(jax.random.fold_in, key))(first + jnp.arange(count))
-
-
-def check_count(name: str, value: int) -> None:
-    """ValueError for a number of things that is not a whole number of at least one."""
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-
-
-def check_key(key: Any, name: str = "key") -> None:
-    """TypeError for what is not one JAX random key, typed or raw."""
-    if isinstance(key, (jax.Array, np.ndarray)):
-        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-        if key.ndim == 0 if typed else (key.ndim == 1 and key.dtype == np.uint32):
-            return
-    raise TypeError(f"{name} must be one JAX random key, as from jax.random.key(0), got {key!r}")
-
-
-def check_like(name: str, tree: PyTree) -> None:
-    """ValueError for a tree without a single entry, which no operator acts on."""
-    if not any(np.size(x) for x in jax.tree.leaves(tree)):
-        raise ValueError(f"{name} holds no numbers, so there is no operator on it: {tree!r}; give a tree like v")
-
-
-def check_known(what: str, instead: str, *trees: PyTree) -> None:
-    """TypeError for traced values where the host needs numbers."""
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(trees)):
-        raise TypeError(f"{what} on the host and cannot run under jit, vmap or grad; {instead}")

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxhess._checks import at_least_float32, check_count, check_key
 from jaxhess.regularizer import Layers, check_layers, penalty_and_gradient
-from jaxhess.trace import check_count, check_key, sampler
+from jaxhess.trace import sampler
 
 PyTree = Any
 _MISSING = object()
@@ -128,7 +129,7 @@ def add_hessian_trace(
         return HessianTraceState(
             count=jnp.zeros((), jnp.int32),
             key=jnp.array(key, copy=True),  # a donated state must not take the caller's key with it
-            penalty=jnp.zeros((), jnp.result_type(jnp.float32, *jax.tree.leaves(params))),
+            penalty=jnp.zeros((), at_least_float32(*jax.tree.leaves(params))),
             skipped=jnp.zeros((), jnp.int32),
         )
 
@@ -168,7 +169,7 @@ def add_hessian_trace(
             for leaf in jax.tree.leaves(added):
                 valid &= jnp.isfinite(leaf).all()
             added = jax.tree.map(lambda u, a: jnp.where(valid, u + a, u), updates, added)
-            return added, penalty.astype(state.penalty.dtype), state.skipped + ~valid
+            return added, penalty.astype(state.penalty.dtype), state.skipped + (~valid).astype(state.skipped.dtype)
 
         if every == 1 and start == 0:
             updates, penalty, skipped = penalize()
