@@ -46,7 +46,7 @@ def place(out: str, title: str, keep: bool = False) -> pathlib.Path:
         return folder
     if not keep:
         raise ValueError(
-            f"{folder} is in {RESULTS}, which holds what the repository keeps; add keep=true, and the run computes in "
+            f"{folder} is in {RESULTS}/, which holds what the repository keeps; add keep=true, and the run computes in "
             f"{RUNS / resolved.name} and copies its result to {kept(folder)} at the end"
         )
     return RUNS / resolved.name
@@ -151,10 +151,18 @@ def check(folder: pathlib.Path, settings: Settings, defaults: Settings) -> None:
             raise _other(folder, "a result", words)
 
 
-def fetch(folder: pathlib.Path) -> None:
-    """Copies the result of the same name from ``results/``, if the folder has none and there is one."""
-    if not (folder / CONFIG).exists() and (kept(folder) / CONFIG).exists():
+@contextlib.contextmanager
+def borrowed(folder: pathlib.Path) -> Iterator[None]:
+    """Puts the result of the same name in ``results/`` into a folder that has none; of it the figure stays there."""
+    none = not any((folder / name).exists() for name in (CONFIG, *NUMBERS)) and (kept(folder) / CONFIG).exists()
+    if none:
+        print(f"from {kept(folder)}, for {folder} has no result of its own")
         _copy(kept(folder), folder)
+    try:
+        yield
+    finally:
+        for name in (CONFIG, *NUMBERS) if none else ():
+            (folder / name).unlink(missing_ok=True)
 
 
 def keep(folder: pathlib.Path, defaults: Settings, overwrite: bool = False) -> None:
@@ -233,12 +241,13 @@ def _read(path):
 
 
 def _files(folder):
-    """{path in the folder: what changes when it is written}, without running.json."""
+    """{path: what changes when it is written} of the files and checkpoints in a folder, without running.json."""
     found = {}
-    for parent, _, names in os.walk(folder):
-        for path in (os.path.join(parent, name) for name in names if name != RUNNING):
-            with contextlib.suppress(OSError):  # of a file that has gone
-                found[os.path.relpath(path, folder)] = (os.stat(path).st_ino, os.stat(path).st_mtime_ns)
+    for pattern in ("*", "*.checkpoints/*"):
+        with contextlib.suppress(OSError):  # of what goes in the meantime
+            for path in folder.glob(pattern):
+                if path.is_file() and path.name != RUNNING or path.name.isdigit():
+                    found[str(path.relative_to(folder))] = (path.stat().st_ino, path.stat().st_mtime_ns)
     return found
 
 

@@ -150,14 +150,13 @@ def _run(name, words):
         folders.check(folders.kept(folder), settings, defaults)
     results.check_writable(folder)
     with folders.locked(folder) as marker:
-        if options.redraw:
-            folders.fetch(folder)
-        else:
+        if not options.redraw:
             call = partial(module.run, config, folder, options.data_dir or None)
             folders.compute(call, folder, marker, settings, defaults, options.overwrite)
-        module.draw(folder)
-        if options.keep:
-            folders.keep(folder, defaults, options.overwrite)
+        with folders.borrowed(folder):
+            module.draw(folder)
+            if options.keep:
+                folders.keep(folder, defaults, options.overwrite)
     print(f"results in {folders.kept(folder) if options.keep else folder}")
 
 

@@ -262,7 +262,7 @@ def test_a_kept_result_is_drawn_again_in_runs(monkeypatch, tmp_path, capsys):
     before = {name: (KEPT / name).read_bytes() for name in files(KEPT)}
     assert run.main(["demo", "redraw=true"]) == 0
     assert {name: (KEPT / name).read_bytes() for name in files(KEPT)} == before
-    assert (OUT / "figure.png").read_bytes()[:4] == b"\x89PNG"
+    assert (OUT / "figure.png").read_bytes()[:4] == b"\x89PNG" and files(OUT) == ["figure.png"]
     (KEPT / "figure.png").unlink()
     assert run.main(["demo", "redraw=true", "keep=true"]) == 0
     assert (KEPT / "figure.png").read_bytes() == (OUT / "figure.png").read_bytes()
