@@ -41,7 +41,7 @@ class Config(TrainConfig):
     examples: int = 0
     images_per_class: int = 10
     norm_layers: bool = False
-    method: str = "lanczos"
+    method: str = "auto"
 
 
 def load_all(config: OverTraining, data_dir: str | None) -> dict[str, Dataset]:
