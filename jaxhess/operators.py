@@ -227,7 +227,7 @@ def coarsest_eps(operator: Partial, like: PyTree) -> float:
 
 def rounding_of(function: Callable, *args: PyTree) -> float:
     """The rounding of the coarsest floating-point type that a program converts finer numbers to; 0 if it does not."""
-    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    jaxpr = jax.make_jaxpr(jax.jit(function))(*args).jaxpr  # under jit the trace is kept
     return max((float(jnp.finfo(dtype).eps) for dtype in _roundings(jaxpr)), default=0.0)
 
 

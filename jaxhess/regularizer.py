@@ -290,7 +290,7 @@ def _runs_in_loop(loss, params, batch):
     What a scan keeps for the backward pass XLA's CPU backend lays out for all probes at once, in whatever order they
     run.
     """
-    found = list(equations(jax.make_jaxpr(loss)(params, batch).jaxpr))
+    found = list(equations(jax.make_jaxpr(jax.jit(loss))(params, batch).jaxpr))  # under jit the trace is kept
     convolves = any(eqn.primitive.name == "conv_general_dilated" and not inside for eqn, inside in found)
     return not convolves and any(inside for _, inside in found)
 
