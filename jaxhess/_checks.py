@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import reprlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,17 +22,40 @@ def check_count(name: str, value: int) -> None:
 
 def check_key(key: Any, name: str = "key") -> None:
     """TypeError for what is not one JAX random key, typed or raw."""
-    if isinstance(key, (jax.Array, np.ndarray)):
-        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-        if key.ndim == 0 if typed else (key.ndim == 1 and key.dtype == np.uint32):
-            return
-    raise TypeError(f"{name} must be one JAX random key, as from jax.random.key(0), got {key!r}")
+    if (hint := _key_hint(key)) is not None:
+        raise TypeError(f"{name} must be one JAX random key, as from jax.random.key(0), got {described(key)}{hint}")
+
+
+def _key_hint(key):
+    """None for one random key; else what to write, where it is nearly one."""
+    if not isinstance(key, (jax.Array, np.ndarray)):
+        return ""
+    several = "; of an array of keys give one, keys[0]"
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return several if key.ndim else None
+    if key.dtype != np.uint32 or not key.ndim:
+        return ""
+    impl = jax.config.jax_default_prng_impl
+    if key.shape[-1] != {"threefry2x32": 2, "rbg": 4, "unsafe_rbg": 4}.get(impl, key.shape[-1]):
+        return f"; {impl!r}, the default, has no such raw key: say of which it is, wrap_key_data(key, impl='rbg')"
+    return several if key.ndim > 1 else None
+
+
+def described(thing: Any) -> str:
+    """What a thing is, in a few words."""
+    if hasattr(thing, "dtype") and hasattr(thing, "shape"):
+        return f"an array {thing.dtype}[{','.join(map(str, thing.shape))}]"
+    if isinstance(thing, Mapping):
+        return f"a {type(thing).__name__} of {reprlib.repr(list(thing))}"
+    return reprlib.repr(thing)
 
 
 def check_like(name: str, tree: PyTree) -> None:
     """ValueError for a tree without a single entry, which no operator acts on."""
     if not any(np.size(x) for x in jax.tree.leaves(tree)):
-        raise ValueError(f"{name} holds no numbers, so there is no operator on it: {tree!r}; give a tree like v")
+        raise ValueError(
+            f"{name} holds no numbers, so there is no operator on it: {described(tree)}; give a tree like v"
+        )
 
 
 def check_known(what: str, instead: str, *trees: PyTree) -> None:

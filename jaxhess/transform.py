@@ -144,6 +144,12 @@ def add_hessian_trace(
             )
         _check_masks(params)
 
+        if jnp.shape(state.key) != jnp.shape(key):
+            raise ValueError(
+                f"the state holds a key of shape {jnp.shape(state.key)}, and key= of add_hessian_trace has one of "
+                f"{jnp.shape(key)}, of another implementation; go on with one of that with which the state was made"
+            )
+
         def penalize():
             step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=impl), state.count)
             penalty, gradient = penalty_and_gradient(

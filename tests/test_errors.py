@@ -253,3 +253,87 @@ def test_strict_promotion_of_parameters_in_two_precisions(x64):
         calls = everything(objective, params, BATCH)
         for name in ("trace", "layer_traces, ggn", "lanczos, host", "lanczos, jit", "layer_spectra", "ggn_eigenvalues"):
             calls[name]()
+
+
+# ---- keys ----
+
+OTHER_KEYS = ["rbg", "unsafe_rbg"]
+MANY = jh.Batches([jax.tree.map(lambda x: x[:4], P.batch), jax.tree.map(lambda x: x[4:], P.batch)])
+
+
+def probed(key):
+    """What draws probes in chunks, as functions of the size of a chunk."""
+    hv, at = P.operator("hessian"), (P.objective, P.params)
+    few = {"key": key, "num_probes": 18}
+    return {
+        "trace": lambda size: jh.trace(hv, like=P.params, chunk_size=size, **few),
+        "gaussian": lambda size: jh.trace(hv, like=P.params, chunk_size=size, probe="gaussian", **few),
+        "layer_traces": lambda size: jh.layer_traces(*at, P.batch, chunk_size=size, **few)["total"],
+        "ggn": lambda size: jh.layer_traces(*at, P.batch, chunk_size=size, curvature="ggn", **few)["total"],
+        "Batches": lambda size: jh.layer_traces(*at, MANY, chunk_size=size, curvature="ggn", **few)["total"],
+    }
+
+
+@pytest.mark.parametrize("impl", OTHER_KEYS)
+@pytest.mark.parametrize("name", probed(KEY))
+def test_the_same_probes_in_chunks_of_any_size(name, impl):
+    call = probed(jax.random.key(3, impl=impl))[name]
+    whole = call(18)  # vmapped; up to 16 stand one after another
+    for size in (1, 5):
+        np.testing.assert_allclose(call(size)[:2], whole[:2], rtol=1e-4)
+    if name != "Batches":
+        np.testing.assert_allclose(jax.jit(lambda: call(5)[:2])(), whole[:2], rtol=1e-4)
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+@pytest.mark.parametrize("impl", OTHER_KEYS)
+def test_the_penalty_has_the_probes_of_its_keys(impl, curvature):
+    def penalty(key, num_probes):
+        options = {"num_probes": num_probes, "curvature": curvature, "probe": "gaussian"}
+        return jh.hessian_trace_penalty(P.objective, P.params, P.batch, key=key, **options)[0]
+
+    key = jax.random.key(3, impl=impl)
+    each = [penalty(k, 1) for k in jax.random.split(key, 18)]
+    assert penalty(key, 18) == pytest.approx(np.mean(each), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        (jax.random.split(KEY, 3), r"an array key<fry>\[3\]; of an array of keys give one, keys\[0\]"),
+        (jax.random.split(jax.random.PRNGKey(0), 3), r"an array uint32\[3,2\]; of an array of keys give one"),
+        (
+            jax.random.PRNGKey(0, impl="rbg"),
+            r"an array uint32\[4\]; 'threefry2x32', the default, has no such raw key.*wrap_key_data",
+        ),
+        (P.batch, r"a dict of \['x', 'label'\]$"),
+        (P.batch["x"], r"an array float32\[7,3\]$"),
+    ],
+)
+def test_a_key_that_is_not_one_says_what_it_is(key, hint):
+    for call in (
+        lambda: jh.layer_traces(*NETS["cross-entropy"], key=key),
+        lambda: jh.add_hessian_trace(loss_of, 1.0, key=key),
+    ):
+        with pytest.raises(
+            TypeError, match=r"key must be one JAX random key, as from jax.random.key\(0\), got " + hint
+        ):
+            call()
+
+
+def loss_of(params, batch):
+    return jnp.sum(params**4)
+
+
+def test_a_state_with_a_key_of_another_implementation():
+    mine, other = (jh.add_hessian_trace(loss_of, 1.0, key=jax.random.key(0, impl=i)) for i in ("threefry2x32", "rbg"))
+    ones = jnp.ones(3)
+    assert np.isfinite(other.update(ones, other.init(ones), ones, batch=None)[0]).all()
+    with pytest.raises(ValueError, match=r"shape \(4,\).*\(2,\), of another implementation"):
+        mine.update(ones, other.init(ones), ones, batch=None)
+
+
+def test_long_things_are_named_in_short():
+    with pytest.raises(TypeError) as error:
+        jh.trace(P.operator("hessian"), like=P.params, key={"x": np.zeros(10_000), "y": "z" * 1000})
+    assert len(str(error.value)) < 200
