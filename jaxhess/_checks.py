@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
@@ -62,6 +63,65 @@ def check_known(what: str, instead: str, *trees: PyTree) -> None:
     """TypeError for traced values where the host needs numbers."""
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(trees)):
         raise TypeError(f"{what} on the host and cannot run under jit, vmap or grad; {instead}")
+
+
+# ---- batches and parameters ----
+
+
+def check_batch(batch: PyTree) -> None:
+    """ValueError for a batch that is not made of arrays with entries; the message names the place."""
+    check_arrays(batch)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        if np.size(leaf) == 0:
+            at = jax.tree_util.keystr(path)
+            raise ValueError(f"the batch is empty at {at!r} (shape {np.shape(leaf)}): a mean needs an example")
+
+
+def check_arrays(batch: PyTree) -> None:
+    """TypeError for what JAX cannot take as an array: where it is, what it is, and what to do with it."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        if not _is_array(leaf):
+            at = f"the batch holds at {jax.tree_util.keystr(path)}" if path else "the batch is"
+            raise TypeError(f"{at} {_kind(leaf)}, which is no array; {_instead(leaf, whole=not path)}")
+
+
+def _is_array(leaf):
+    if isinstance(leaf, (jax.Array, bool, int, float, complex)):
+        return True
+    if isinstance(leaf, (np.ndarray, np.generic)) and leaf.dtype.kind in "biufc":
+        return True
+    try:  # the rare ones: types that JAX adds to NumPy's, and what else it knows
+        jax.eval_shape(lambda x: x, leaf)
+    except TypeError:
+        return False
+    return True
+
+
+def _kind(leaf):
+    if isinstance(leaf, (str, bytes)):
+        return f"the string {leaf[:20]!r}"
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        return f"an array of NumPy's type {leaf.dtype}"
+    return f"a {type(leaf).__name__}"
+
+
+def _instead(leaf, whole):
+    """What to do with something that is no array."""
+    if isinstance(leaf, (str, bytes)):
+        return "take strings out of the batch, or encode them as numbers"
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        return "take it out of the batch, or make it one array of numbers (rows of different lengths padded)"
+    if isinstance(leaf, Mapping):
+        return "make a dict of it, dict(...)"
+    if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+        return f"give a dict, or make its class a pytree: jax.tree_util.register_dataclass({type(leaf).__name__})"
+    if isinstance(leaf, Iterator):
+        return "it can be read only once: give one batch, next(...), or all of them, Batches(list(...))"
+    if hasattr(leaf, "__array__"):
+        return "make one of it, np.asarray(...)"
+    if whole and hasattr(leaf, "__iter__"):
+        return "for the mean over the batches in it give Batches(...)"
+    return "take it out of the batch, or make a pytree of arrays of it"
 
 
 def at_least_float32(*values: Any) -> Any:

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxhess._checks import check_arrays
+
 PyTree = Any
 
 
@@ -74,6 +76,7 @@ class Batches:
         """Pairs (number of examples, batch); ValueError where there are no batches or an empty one."""
         empty = True
         for number, batch in enumerate(self.batches):
+            check_arrays(batch)
             size = float(self.size(batch))
             if not 0 < size < float("inf"):
                 raise ValueError(f"batch {number} has {size:g} examples; leave empty batches out")

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import tree_util
 from jax.extend.core import Literal
 
+from jaxhess._checks import check_arrays
 from jaxhess.batches import first_batch
 
 PyTree = Any
@@ -86,7 +87,9 @@ def layer_names(params: PyTree, loss: Callable | None = None, batch: PyTree = No
         return natural
     if loss is None:
         raise ValueError("network order needs the loss too: layer_names(params, loss, batch)")
-    found = _first_uses(loss, params, first_batch(batch))
+    batch = first_batch(batch)
+    check_arrays(batch)
+    found = _first_uses(loss, params, batch)
     used = {name: module for name, module in found.items() if module in modules}
     return list(used) + [name for name in natural if name not in used.values()]
 

@@ -13,10 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.tree_util import Partial
 
-from jaxhess._checks import at_least_float32, check_forward_mode
+from jaxhess._checks import at_least_float32, check_batch, check_forward_mode
 from jaxhess.batches import Batches, first_batch, leading_axis
 from jaxhess.layers import find_layer
 from jaxhess.objective import CrossEntropy, Objective, output_hessian_product
@@ -358,7 +357,7 @@ def prepare(
             "Batches(batches, size=lambda batch: ...), the sum of the weights of a batch"
         )
     batch = first_batch(batch)
-    _check_batch(batch)
+    check_batch(batch)
     _check_values(loss, params, batch)
     value = jax.eval_shape(jax.jit(loss), params, batch)
     if not (hasattr(value, "shape") and value.shape == () and jnp.issubdtype(value.dtype, jnp.floating)):
@@ -428,10 +427,3 @@ def _differentiable(params):
 @jax.jit
 def _finite(leaves):
     return [jnp.isfinite(x).all() for x in leaves]
-
-
-def _check_batch(batch):
-    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
-        if np.size(leaf) == 0:
-            at = jax.tree_util.keystr(path)
-            raise ValueError(f"the batch is empty at {at!r} (shape {np.shape(leaf)}): a mean needs an example")

@@ -1,5 +1,7 @@
 """Errors that help: each names the thing, says what it is, and ends in what to write instead."""
 
+import collections
+import dataclasses
 import inspect
 
 import helpers
@@ -337,3 +339,92 @@ def test_long_things_are_named_in_short():
     with pytest.raises(TypeError) as error:
         jh.trace(P.operator("hessian"), like=P.params, key={"x": np.zeros(10_000), "y": "z" * 1000})
     assert len(str(error.value)) < 200
+
+
+# ---- batches that are none ----
+
+
+@dataclasses.dataclass
+class Example:
+    x: np.ndarray
+    label: np.ndarray
+
+
+class Loader:
+    """As of other libraries: reads batches, and is no array."""
+
+    def __init__(self, *batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+    def __len__(self):
+        return len(self.batches)
+
+
+class Foreign:
+    """An array of another library."""
+
+    shape = (7,)
+
+    def __array__(self, dtype=None, copy=None):
+        return np.zeros(7, dtype or np.float32)
+
+
+X, LABEL = BATCH["x"], BATCH["label"]
+BAD_BATCHES = {
+    "string": (BATCH | {"name": "train"}, r"at \['name'\] the string 'train'.*take strings out"),
+    "bytes": (BATCH | {"name": b"train"}, "string.*take strings out"),
+    "strings": (BATCH | {"name": np.array(["a", "b"])}, r"\['name'\].*type <U1.*take it out"),
+    "objects": (BATCH | {"x": np.array([X, None], object)}, r"\['x'\].*type object.*padded"),
+    "dataclass": (Example(X, LABEL), r"the batch is a Example, .*register_dataclass\(Example\)"),
+    "dataclass inside": ({"data": Example(X, LABEL)}, r"\['data'\].*a Example.*register_dataclass"),
+    "UserDict": (collections.UserDict(BATCH), r"the batch is a UserDict, .*dict\(\.\.\.\)"),
+    "UserDict inside": ({"data": [collections.UserDict(BATCH)]}, r"\['data'\]\[0\].*a UserDict, .*dict\(\.\.\.\)"),
+    "generator": ((b for b in [BATCH]), r"the batch is a generator, .*only once.*Batches\(list"),
+    "iterator": (iter([BATCH]), r"the batch is a list_iterator.*only once"),
+    "loader": (Loader(BATCH), r"the batch is a Loader, .*Batches\(\.\.\.\)"),
+    "loader inside": ((Loader(BATCH), 1.0), r"\[0\].*a Loader.*take it out"),
+    "foreign array": (BATCH | {"x": Foreign()}, r"\['x'\].*a Foreign.*np.asarray"),
+}
+TAKES_A_BATCH = {
+    "hessian": lambda *at: jh.hessian(*at),
+    "ggn_eigenvalues": lambda *at: jh.ggn_eigenvalues(*at),
+    "layer_traces": lambda *at: jh.layer_traces(*at, key=KEY),
+    "summarize": lambda *at: jh.summarize(*at, key=KEY),
+    "layer_names": lambda loss, params, batch: jh.layer_names(params, loss, batch),
+    "hessian_trace_penalty": lambda *at: jh.hessian_trace_penalty(*at, key=KEY),
+}
+
+
+# A loss that sees nothing of what is in the batch.
+BLIND = jh.Objective(lambda params, _: helpers.mlp(params, BATCH), lambda outputs, _: jh.cross_entropy(outputs, BATCH))
+
+
+@pytest.mark.parametrize("case", BAD_BATCHES)
+def test_what_is_no_array_in_a_batch_is_named_with_what_to_do(case):
+    batch, message = BAD_BATCHES[case]
+    for call in TAKES_A_BATCH.values():
+        with pytest.raises(TypeError, match=message):
+            call(BLIND, P.params, batch)
+
+
+@pytest.mark.parametrize("name", TAKES_A_BATCH)
+def test_every_function_looks_at_the_batch(name):
+    with pytest.raises(TypeError, match="take strings out"):
+        TAKES_A_BATCH[name](P.objective, P.params, BATCH | {"name": "train"})
+
+
+def test_a_string_in_a_later_one_of_many_batches():
+    many = jh.Batches([BATCH, BATCH | {"name": "train"}])
+    with pytest.raises(TypeError, match=r"\['name'\].*take strings out"):
+        jh.hessian(BLIND, P.params, many)(P.params)
+
+
+def test_what_jax_takes_is_taken():
+    """Keys, numbers, NumPy's and JAX's own types of arrays, nothing at all, registered classes."""
+    batch = BATCH | {"key": KEY, "rate": 0.5, "mask": np.ones(7, bool), "none": None, "half": HALF, "n": np.float64(2)}
+    for taken in (batch, None, (), [BATCH]):
+        assert jh.layer_names(P.params, BLIND, taken) == ["fc1", "fc2"]
+        jh.hessian(BLIND, P.params, taken)
