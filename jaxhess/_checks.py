@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import reprlib
@@ -124,6 +125,112 @@ def _instead(leaf, whole):
     return "take it out of the batch, or make a pytree of arrays of it"
 
 
+def likely_labels(batch: PyTree) -> Any:
+    """The key of a batch under which its labels seem to be: one that is called so, else the only integers, else 1."""
+    items = list(batch.items() if isinstance(batch, Mapping) else enumerate(batch if isinstance(batch, tuple) else ()))
+    named = [key for key, _ in items if key in ("labels", "y", "target", "targets", "label_ids")]
+    whole = [key for key, x in items if _is_array(x) and jnp.issubdtype(jnp.result_type(x), jnp.integer)]
+    return next(iter([*named, *whole]), 1)
+
+
+def check_parameters(params: PyTree) -> None:
+    """TypeError or ValueError for a tree of something else than floating-point arrays that are to be differentiated."""
+    if hasattr(params, "opt_state") and hasattr(params, "params"):
+        raise TypeError(f"the parameters are a whole {type(params).__name__}; give its parameters, state.params")
+    if isinstance(params, Mapping) and (found := [key for key in params if key in _COLLECTIONS]):
+        if "params" in params or "batch_stats" in params:
+            raise ValueError(
+                f"the parameters hold Flax's collection {found[0]!r}, which is not to be differentiated; give "
+                f"variables['params'] as the parameters, and the collection in the batch, for model.apply({{'params': "
+                f"params, {found[0]!r}: batch[{found[0]!r}]}}, ...)"
+            )
+    states = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda node: _nnx_state(node) is not None)
+    if found := [f"{_nnx_state(node)} at {jax.tree_util.keystr(at)}" for at, node in states if _nnx_state(node)]:
+        raise ValueError(
+            f"the parameters hold NNX variables that are not to be differentiated ({', '.join(found[:3])}); take them "
+            f"apart, graph, params, rest = nnx.split(model, nnx.Param, ...), and give rest in the batch"
+        )
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if not leaves:
+        raise ValueError("the parameter tree holds no arrays")
+    for path, leaf in leaves:
+        at = jax.tree_util.keystr(path)
+        if not _is_array(leaf):
+            raise TypeError(f"parameter {at!r} is {_kind(leaf)}, no array; {_module(leaf) or _instead(leaf, False)}")
+        dtype = getattr(leaf, "dtype", type(leaf))
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"parameter {at!r} has dtype {dtype}, and curvature needs real floating-point parameters; "
+                f"convert it, or keep it in the batch"
+            )
+
+
+_COLLECTIONS = {"batch_stats", "cache", "intermediates", "perturbations", "losses", "constants", "params_axes"}
+_NNX_STATES = {"BatchStat", "Cache", "Intermediate", "Perturbation", "RngState"}
+
+
+def _nnx_state(node):
+    """The kind of an NNX variable that is no parameter; None for all else."""
+    kind = getattr(node, "type", None) if type(node).__name__ == "VariableState" else type(node)
+    kinds = [
+        c for c in getattr(kind, "__mro__", ()) if c.__module__.startswith("flax.nnx") and c.__name__ in _NNX_STATES
+    ]
+    return kind.__name__ if kinds else None
+
+
+def _module(leaf):
+    """What to do with a module or a function among the parameters."""
+    homes = {c.__module__.split(".")[1] for c in type(leaf).__mro__ if c.__module__.startswith("flax.")}
+    if "nnx" in homes:
+        return "take the module apart, graph, params, rest = nnx.split(model, nnx.Param, ...)"
+    if "linen" in homes:
+        return "a Linen module holds none: give variables['params'] of variables = model.init(key, inputs)"
+    if callable(leaf):
+        return "take functions out of the tree: of an Equinox module, eqx.partition(model, eqx.is_inexact_array)"
+    return None
+
+
+@contextlib.contextmanager
+def hints(params: PyTree, batch: PyTree) -> Iterator[None]:
+    """Around the first call of the user's loss: where it fails, and its arguments look like a known slip, says so."""
+    try:
+        yield
+    except Exception as error:
+        if (hint := _hint(params, batch)) is None:
+            raise
+        raise TypeError(f"{type(error).__name__} in the loss: {error}. {hint}") from error
+
+
+def _hint(params, batch):
+    if isinstance(batch, jax.Array) and jnp.issubdtype(batch.dtype, jax.dtypes.prng_key):
+        return "The batch is a random key; the batch comes third, and a key by name, key=key"
+    if isinstance(batch, (list, tuple)) and _one_kind(batch):
+        return (
+            f"The batch is a {type(batch).__name__} of {len(batch)} trees of one kind; if these are batches, give "
+            f"Batches(batch) for the mean over all of them, or one of them"
+        )
+    if isinstance(params, (jax.Array, np.ndarray)) and params.ndim == 1:
+        return (
+            "The parameters are one flat vector. Under optax.flatten the loss is given such a one: put the "
+            "transformation before it, optax.chain(add_hessian_trace(...), optax.flatten(...)). Elsewhere unravel it "
+            "in the loss, or give the tree"
+        )
+    return None
+
+
+def _one_kind(batch):
+    """Whether a sequence holds trees of one structure and arrays of one kind but for their numbers of examples."""
+    if len({jax.tree.structure(part) for part in batch}) != 1:
+        return False
+    if isinstance(batch, tuple) and jax.tree_util.all_leaves(batch):
+        return False  # (x, y) is one batch
+    kinds = {tuple((jnp.result_type(x), np.shape(x)[1:]) for x in jax.tree.leaves(part)) for part in batch}
+    return len(kinds) == 1 and all(np.ndim(x) for x in jax.tree.leaves(batch))
+
+
+# ---- types ----
+
+
 def at_least_float32(*values: Any) -> Any:
     """The widest floating-point type of arrays or types, float32 at least, under strict promotion of types too."""
     found = [jnp.result_type(value) for value in values]
@@ -140,61 +247,3 @@ def standard_promotion(function: Callable) -> Callable:
             return function(*args)
 
     return promoting
-
-
-# ---- functions without forward mode ----
-
-REVERSE_ONLY = (
-    "What works as it is: Tr G of an Objective, layer_traces(..., curvature='ggn'), and its Gram matrix, "
-    "ggn_eigenvalues, class_structure and layer_spectra(..., curvature='ggn', method='gram'). For all else give the "
-    "function its rule with jax.custom_jvp, or leave it without one"
-)
-
-
-def equations(jaxpr: Any) -> Iterator[Any]:
-    """All equations of a jaxpr, those of the jaxprs inside it too."""
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for value in eqn.params.values():
-            for item in value if isinstance(value, (tuple, list)) else (value,):
-                inner = getattr(item, "jaxpr", item)
-                if hasattr(inner, "eqns"):
-                    yield from equations(inner)
-
-
-def check_forward_mode(
-    function: Callable, args: tuple, derived: Callable, derived_args: tuple, instead: str = REVERSE_ONLY
-) -> None:
-    """TypeError where ``derived`` needs derivatives in forward mode of a ``jax.custom_vjp`` inside ``function``.
-
-    Such a function is no fault by itself: it may see no parameters, and the Hessian, forward over reverse, takes it if
-    its two rules have forward mode. So it is tried, and only where there is one.
-    """
-    names = _custom_vjps(jax.make_jaxpr(jax.jit(function))(*args))  # under jit the trace is kept
-    if not names:
-        return
-    cause = None
-    try:
-        made = jax.make_jaxpr(derived)(*derived_args)
-    except Exception as error:  # what jax raises here has changed with its versions
-        cause = error
-    else:
-        if not any(eqn.primitive.name == "custom_lin" for eqn in equations(made.jaxpr)):
-            return
-        names = _custom_vjps(made) or names
-    said = "" if cause is None else f" ({type(cause).__name__}: {cause})"
-    raise TypeError(
-        f"derivatives in forward mode are needed here, and {' and '.join(names)}, a function with jax.custom_vjp, has "
-        f"them in reverse mode only{said}. {instead}"
-    ) from cause
-
-
-def _custom_vjps(closed):
-    """The names of the functions with ``jax.custom_vjp`` in a jaxpr, each with its file and line."""
-    names: dict[str, None] = {}
-    for eqn in equations(closed.jaxpr):
-        if eqn.primitive.name.startswith("custom_vjp_call"):
-            bodies = (getattr(p, "jaxpr", p) for name, p in eqn.params.items() if name.endswith("_jaxpr"))
-            infos = (getattr(body, "debug_info", None) for body in bodies)
-            names[next((info.func_src_info for info in infos if info is not None), "a function")] = None
-    return list(names)

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxhess._checks import at_least_float32, check_count, check_forward_mode, check_key
+from jaxhess._checks import at_least_float32, check_count, check_key
+from jaxhess._programs import check_forward_mode
 from jaxhess.batches import Batches
 from jaxhess.layers import find_layers, layer_names, middle_layers
 from jaxhess.objective import output_factor_product, output_hessian_product

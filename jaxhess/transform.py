@@ -133,8 +133,10 @@ def add_hessian_trace(
             skipped=jnp.zeros((), jnp.int32),
         )
 
-    def update_fn(updates, state, params=None, *, batch=_MISSING, **extra_args):
+    def update_fn(updates, state, params=None, *others, batch=_MISSING, **extra_args):
         del extra_args
+        if others:
+            raise TypeError("the batch is given by name: tx.update(grads, state, params, batch=batch)")
         if params is None:
             raise ValueError("add_hessian_trace needs the parameters: tx.update(grads, state, params, batch=batch)")
         if batch is _MISSING:
