@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxhess._checks import check_arrays
+
 PyTree = Any
 _MOST = 10_000  # batches of a loader that does not say its length, before it is taken to be endless
 _TOLERANCE = 1e-5  # relative, by which sums over the same examples in another order may differ
@@ -100,6 +102,7 @@ class Batches:
                     f"the loader still went on after {most:,} batches; give one pass over the data, as with take(n), "
                     f"or an object that says its length, with __len__"
                 )
+            check_arrays(batch)
             size = float(self.size(batch))
             if not 0 < size < float("inf"):
                 raise ValueError(f"batch {number - 1} has {size:g} examples; leave empty batches out")

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import tree_util
 from jax.extend.core import Literal
 
+from jaxhess._checks import check_arrays, hints
 from jaxhess.batches import first_batch
 
 PyTree = Any
@@ -86,7 +87,9 @@ def layer_names(params: PyTree, loss: Callable | None = None, batch: PyTree = No
         return natural
     if loss is None:
         raise ValueError("network order needs the loss too: layer_names(params, loss, batch)")
-    found = _first_uses(loss, params, first_batch(batch))
+    batch = first_batch(batch)
+    check_arrays(batch)
+    found = _first_uses(loss, params, batch)
     used = {name: module for name, module in found.items() if module in modules}
     return list(used) + [name for name in natural if name not in used.values()]
 
@@ -160,13 +163,22 @@ def find_layer(params: PyTree, name: str) -> Layer:
 def find_layers(params: PyTree, names: Sequence[str]) -> tuple[Layer, ...]:
     """The `Layer` of each name. The name "total" is kept for the whole net."""
     if isinstance(names, str):
-        raise TypeError(f"layers are given by a list of names, got the string {names!r}; write [{names!r}]")
+        raise TypeError(
+            f"layers are given by a list of names, 'all' or 'middle', got the string {names!r}; write [{names!r}]"
+        )
     if "total" in names:
         raise ValueError(
             "'total' is the name of the whole net's result, which is always there, and no layer; leave it out of the "
             "names, and rename a module that is called so"
         )
     return tuple(find_layer(params, name) for name in names)
+
+
+def chosen_layers(names: Sequence[str], layers: str | Sequence[str] | None) -> Sequence[str]:
+    """Those of the names, in network order, that are asked for: all of them, the middle ones, or these."""
+    if layers is None or layers == "all":
+        return names
+    return middle_layers(names) if layers == "middle" else layers
 
 
 def _natural(name):
@@ -240,7 +252,8 @@ _KEEPING = frozenset(
 
 def _first_uses(loss, params, batch):
     """{name: name of its module} in order of first use; the two differ for slices of scanned layers."""
-    closed = jax.make_jaxpr(loss)(params, batch)
+    with hints(params, batch):
+        closed = jax.make_jaxpr(loss)(params, batch)
     leaves = tree_util.tree_leaves_with_path(params)
     count = len(leaves)
     tags = [_Tag(frozenset([i])) if i < count else _Tag(data=True) for i in range(len(closed.jaxpr.invars))]

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxhess._softmax as softmax
-from jaxhess._checks import at_least_float32, check_forward_mode
+from jaxhess._checks import at_least_float32, described, likely_labels
+from jaxhess._programs import check_forward_mode
 
 PyTree = Any
 
@@ -66,10 +67,9 @@ class _Labelled:
         try:
             return jnp.asarray(self.labels(batch))
         except (KeyError, TypeError, IndexError, AttributeError) as error:
-            keys = sorted(batch) if isinstance(batch, dict) else type(batch).__name__
             raise ValueError(
-                f"{type(self).__name__} found no labels in the batch ({keys}): {error!r}; "
-                f"say where they are, as in {type(self).__name__}(labels=lambda batch: batch[1])"
+                f"{type(self).__name__} found no labels in the batch ({described(batch)}): {error!r}; say where they "
+                f"are, as in {type(self).__name__}(labels=lambda batch: batch[{likely_labels(batch)!r}])"
             ) from error
 
 
@@ -235,7 +235,17 @@ class CrossEntropy(_Labelled):
             labels = xp.where(weights > 0, labels, 0)
         low, high = int(xp.min(labels)), int(xp.max(labels))
         if low < 0 or high >= classes:
-            raise ValueError(f"labels run from {low} to {high}, outside 0..{classes - 1} for {classes} outputs")
+            allowed = f"0..{classes - 1} for {classes} outputs"
+            raise ValueError(f"labels run from {low} to {high}, outside {allowed}{self._hint(low, high == classes)}")
+
+    def _hint(self, low, one_more):
+        if low < 0 and self.weights is None:
+            more = "" if self.labels is _label_entry else "labels=..., "
+            return (
+                f"; rows that do not count, as padding, are left out by weights: "
+                f'CrossEntropy({more}weights=lambda batch: batch["label"] >= 0)'
+            )
+        return "; the first class is 0" if low == 1 and one_more else ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,10 +19,11 @@ import optax
 from jax.experimental import multihost_utils
 from jax.tree_util import Partial
 
-from jaxhess._checks import at_least_float32, check_forward_mode, equations
+from jaxhess._checks import at_least_float32, check_batch, check_parameters, hints
+from jaxhess._programs import check_forward_mode, ends_in_softmax, equations, program
 from jaxhess.batches import Batches, first_batch, leading_axis
 from jaxhess.layers import Layer, find_layer
-from jaxhess.objective import Objective, output_hessian_product
+from jaxhess.objective import CrossEntropy, Objective, output_hessian_product
 
 PyTree = Any
 Operator = Callable[[PyTree], PyTree]
@@ -220,15 +221,18 @@ def coarsest_eps(operator: Partial, like: PyTree) -> float:
         operator = Partial(operator.func.product, *operator.args, first_batch(operator.func.batches))
     own = max(float(jnp.finfo(jnp.result_type(x)).eps) for x in jax.tree.leaves(like))
     try:
-        return max(own, rounding_of(operator, like))
+        return max(own, rounding_of(_call, operator, like))
     except Exception:  # a function of the host may raise anything when it is traced
         return own
 
 
+def _call(operator, v):
+    return operator(v)
+
+
 def rounding_of(function: Callable, *args: PyTree) -> float:
     """The rounding of the coarsest floating-point type that a program converts finer numbers to; 0 if it does not."""
-    jaxpr = jax.make_jaxpr(jax.jit(function))(*args).jaxpr  # under jit the trace is kept
-    return max((float(jnp.finfo(dtype).eps) for dtype in _roundings(jaxpr)), default=0.0)
+    return max((float(jnp.finfo(dtype).eps) for dtype in _roundings(program(function, *args))), default=0.0)
 
 
 def _roundings(jaxpr):
@@ -456,11 +460,12 @@ def prepare(
             "Batches(batches, size=lambda batch: ...), the sum of the weights of a batch"
         )
     batches, batch = batch, first_batch(batch)
+    check_batch(batch)
     if isinstance(batches, Batches):
         batches.look_ahead()
-    _check_batch(batch)
     _check_values(loss, params, batch)
-    value = jax.eval_shape(jax.jit(loss), params, batch)
+    with hints(params, batch):
+        value = jax.eval_shape(jax.jit(loss), params, batch)
     if not (hasattr(value, "shape") and value.shape == () and jnp.issubdtype(value.dtype, jnp.floating)):
         hint = "; for (value, aux) say has_aux=True" if isinstance(value, tuple) else "; take the mean over examples"
         raise TypeError(f"the loss must return a floating-point scalar, got {value}{hint}")
@@ -531,11 +536,24 @@ def check_batches(loss: Any, params: PyTree, batches: Batches) -> None:
 def _check_values(loss, params, batch):
     """What an objective's halves say of a batch: shapes, and labels where their values are known."""
     if isinstance(loss, Objective):
-        outputs = jax.eval_shape(jax.jit(loss.predict), params, batch)  # under jit the trace is kept for the next time
+        with hints(params, batch):
+            # Under jit the trace is kept for the next time.
+            outputs = jax.eval_shape(jax.jit(loss.predict), params, batch)
         if not (hasattr(outputs, "shape") and outputs.ndim and jnp.issubdtype(outputs.dtype, jnp.floating)):
             raise TypeError(f"predict must return one floating-point array of shape (..., C), got {outputs}")
+        if isinstance(loss.criterion, CrossEntropy):
+            _check_logits(loss, params, batch)
         if hasattr(loss.criterion, "check"):
             loss.criterion.check(outputs, batch)
+
+
+def _check_logits(loss, params, batch):
+    if ends_in_softmax(loss.predict, params, batch):
+        raise ValueError(
+            "predict ends in a softmax, and cross_entropy takes logits, of which it takes the softmax itself; return "
+            "what goes into the softmax, or jnp.log of the probabilities. If the loss is meant to take two, give it a "
+            "function as criterion: lambda outputs, batch: cross_entropy(outputs, batch)"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -556,23 +574,13 @@ def _describe(thing):
 
 
 def _differentiable(params):
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    if not leaves:
-        raise ValueError("the parameter tree holds no arrays")
-    for path, leaf in leaves:
-        at, dtype = jax.tree_util.keystr(path), getattr(leaf, "dtype", type(leaf))
-        if not (hasattr(leaf, "dtype") or isinstance(leaf, float)):
-            raise TypeError(f"parameter {at!r} is {dtype.__name__}, no array; take what is no array out of the tree")
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(
-                f"parameter {at!r} has dtype {dtype}, and curvature needs real floating-point parameters; "
-                f"convert it, or keep it in the batch"
-            )
+    check_parameters(params)
     # Half precision has too few digits for second derivatives.
     params = jax.tree.map(lambda x: jnp.asarray(x, at_least_float32(x)), params)
     finite = _finite(jax.tree.leaves(params))
     if not any(isinstance(ok, jax.core.Tracer) for ok in finite):
-        if bad := [jax.tree_util.keystr(path) for (path, _), ok in zip(leaves, finite, strict=True) if not ok]:
+        paths = jax.tree_util.tree_leaves_with_path(params)
+        if bad := [jax.tree_util.keystr(path) for (path, _), ok in zip(paths, finite, strict=True) if not ok]:
             raise ValueError(f"the parameters are not finite at {bad}; curvature there means nothing")
     return params
 
@@ -587,10 +595,3 @@ def to_host(x: Any) -> np.ndarray:
 @jax.jit
 def _finite(leaves):
     return [jnp.isfinite(x).all() for x in leaves]
-
-
-def _check_batch(batch):
-    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
-        if np.size(leaf) == 0:
-            at = jax.tree_util.keystr(path)
-            raise ValueError(f"the batch is empty at {at!r} (shape {np.shape(leaf)}): a mean needs an example")

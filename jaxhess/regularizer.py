@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxhess._checks import at_least_float32, check_count, check_forward_mode, check_key, equations
+from jaxhess._checks import at_least_float32, check_count, check_key
+from jaxhess._programs import check_forward_mode, equations, program
 from jaxhess.batches import Batches
 from jaxhess.layers import find_layers, layer_names, middle_layers
 from jaxhess.objective import output_factor_product, output_hessian_product
@@ -290,7 +291,7 @@ def _runs_in_loop(loss, params, batch):
     What a scan keeps for the backward pass XLA's CPU backend lays out for all probes at once, in whatever order they
     run.
     """
-    found = list(equations(jax.make_jaxpr(jax.jit(loss))(params, batch).jaxpr))  # under jit the trace is kept
+    found = list(equations(program(loss, params, batch)))
     convolves = any(eqn.primitive.name == "conv_general_dilated" and not inside for eqn, inside in found)
     return not convolves and any(inside for _, inside in found)
 

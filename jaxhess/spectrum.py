@@ -15,7 +15,7 @@ from jaxhess._checks import check_count, check_key, check_known, check_like
 from jaxhess._noise import Run, noise
 from jaxhess.batches import Batches
 from jaxhess.lanczos import dimension, lanczos, ritz, ritz_run, tree_norm
-from jaxhess.layers import Layer, find_layers, layer_names
+from jaxhess.layers import Layer, chosen_layers, find_layers, layer_names
 from jaxhess.operators import _operator, as_partial, block, linearize, prepare
 from jaxhess.structure import gram_eigenvalues, gram_rows
 from jaxhess.trace import random_like
@@ -302,7 +302,7 @@ def layer_spectra(
     num_draws: int = 1,
     curvature: str = "hessian",
     method: str = "lanczos",
-    layers: Sequence[str] | None = None,
+    layers: str | Sequence[str] | None = None,
     reorthogonalize: bool | str = True,
     max_bytes: int = 2**30,
     progress: Callable[[int, int], None] | None = None,
@@ -324,7 +324,7 @@ def layer_spectra(
         Hessian it gives that of every layer in which H_l is zero, as in piecewise linear nets, so that Hess_l = G_l:
         the product of H_l with a random vector, which must be zero in all digits, tells. The residuals of its nodes
         are its rounding, and ``num_draws`` plays no part in them.
-      layers: names of the layers that are wanted; all by default. A layer has the same spectrum either way.
+      layers: "all", "middle" (`middle_layers`), or names; all by default. A layer has the same spectrum either way.
       max_bytes: for "gram" and "auto", as for `ggn_eigenvalues`.
       progress: ``progress(done, total)`` in Lanczos steps over all layers; before them, with a total of its own, as of
         `ggn_eigenvalues` where there is a Gram matrix.
@@ -392,9 +392,9 @@ def spectra_of_layers(
         )
     every = find_layers(params, layer_names(params, loss, batch))
     known = [layer.name for layer in every]
-    if missing := [layer.name for layer in find_layers(params, layers or ()) if layer.name not in known]:
+    chosen = chosen_layers(known, layers)
+    if missing := [layer.name for layer in find_layers(params, chosen) if layer.name not in known]:
         raise ValueError(f"{missing[0]!r} is no layer of its own; choose from {known}")
-    chosen = known if layers is None else layers
     parts: dict[str, tuple[int, Layer | None]] = {}
     parts |= {layer.name: (i, layer) for i, layer in enumerate(every) if layer.name in chosen}
     parts["total"] = (len(every), None)

@@ -150,7 +150,7 @@ def summarize(
     num_probes: int = 64,
     num_steps: int = 64,
     method: str = "auto",
-    layers: Sequence[str] | None = None,
+    layers: str | Sequence[str] | None = None,
     chunk_size: int = 8,
     max_bytes: int = 2**30,
     progress: Callable[[int, int], None] | None = None,
@@ -170,7 +170,7 @@ def summarize(
       num_steps: Lanczos steps of each spectrum. The residuals beside lambda_max and lambda_min say whether they
         were enough.
       method: of the spectra: "auto", exact where that is possible, or "lanczos"; as for `layer_spectra`.
-      layers: names of the layers that are wanted; all by default.
+      layers: "all", "middle" (`middle_layers`), or names; all by default.
       chunk_size: probes at a time, as for `layer_traces`; fewer need less memory.
       max_bytes, progress: as for `layer_spectra`.
 

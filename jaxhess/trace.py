@@ -174,7 +174,36 @@ def _rademacher(key, shape, dtype):
     return (1 - 2 * bits.ravel()[:size].astype(dtype)).reshape(shape)
 
 
-_SAMPLERS = {"rademacher": _rademacher, "gaussian": jax.random.normal}
+def _alone(function: Callable) -> Callable:
+    """A function of a key and other arrays that gives each row under vmap what it gives that row alone.
+
+    Of threefry every function does. With other keys (rbg) JAX draws all rows from the first key.
+    """
+    alone = jax.custom_batching.custom_vmap(function)
+
+    @alone.def_vmap
+    def each(size, batched, *args):
+        def one(rows):
+            rows = iter(rows)
+            return alone(*(next(rows) if mapped else x for x, mapped in zip(args, batched, strict=True)))
+
+        return jax.lax.map(one, [x for x, mapped in zip(args, batched, strict=True) if mapped]), True
+
+    return lambda key, *more: (function if _is_threefry(key) else alone)(key, *more)
+
+
+def _is_threefry(key):
+    return str(jax.random.key_impl(key)) == "threefry2x32"
+
+
+_fold_in = _alone(jax.random.fold_in)
+
+
+def _draw_alone(draw):
+    return lambda key, shape, dtype: _alone(lambda k: draw(k, shape, dtype))(key)
+
+
+_SAMPLERS = {"rademacher": _draw_alone(_rademacher), "gaussian": _draw_alone(jax.random.normal)}
 
 
 def sampler(probe: str) -> Callable:
@@ -264,7 +293,7 @@ class _LayerSamples:
     def over_batches(self, params, batches, keys):
         def step(mean, batch, share, number):
             # A fresh draw for each batch where the estimate is a sum over examples; the same v where it is v' A v.
-            batch_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number) if self.form == "factor" else keys
+            batch_keys = jax.vmap(_fold_in, (0, None))(keys, number) if self.form == "factor" else keys
             return _layer_samples(self, params, batch, batch_keys, mean, share)
 
         mean = batches.fold(step)
@@ -353,4 +382,4 @@ def _keys(key, first, count):
     """Keys number first, first + 1, ...: the same for the same number, however many are drawn."""
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
-    return jax.vmap(partial(jax.random.fold_in, key))(first + jnp.arange(count))
+    return jax.vmap(partial(_fold_in, key))(first + jnp.arange(count))

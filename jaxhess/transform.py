@@ -133,8 +133,10 @@ def add_hessian_trace(
             skipped=jnp.zeros((), jnp.int32),
         )
 
-    def update_fn(updates, state, params=None, *, batch=_MISSING, **extra_args):
+    def update_fn(updates, state, params=None, *others, batch=_MISSING, **extra_args):
         del extra_args
+        if others:
+            raise TypeError("the batch is given by name: tx.update(grads, state, params, batch=batch)")
         if params is None:
             raise ValueError("add_hessian_trace needs the parameters: tx.update(grads, state, params, batch=batch)")
         if batch is _MISSING:
@@ -143,6 +145,12 @@ def add_hessian_trace(
                 "TrainState.apply_gradients does not pass it on, so call tx.update and optax.apply_updates instead"
             )
         _check_masks(params)
+
+        if jnp.shape(state.key) != jnp.shape(key):
+            raise ValueError(
+                f"the state holds a key of shape {jnp.shape(state.key)}, and key= of add_hessian_trace has one of "
+                f"{jnp.shape(key)}, of another implementation; go on with one of that with which the state was made"
+            )
 
         def penalize():
             step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=impl), state.count)

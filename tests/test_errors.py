@@ -1,13 +1,18 @@
 """Errors that help: each names the thing, says what it is, and ends in what to write instead."""
 
+import collections
+import dataclasses
 import inspect
 
+import equinox as eqx
 import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen, nnx
+from flax.training.train_state import TrainState
 from helpers import distance, labels, normal, problem
 
 import jaxhess as jh
@@ -253,3 +258,429 @@ def test_strict_promotion_of_parameters_in_two_precisions(x64):
         calls = everything(objective, params, BATCH)
         for name in ("trace", "layer_traces, ggn", "lanczos, host", "lanczos, jit", "layer_spectra", "ggn_eigenvalues"):
             calls[name]()
+
+
+# ---- keys ----
+
+OTHER_KEYS = ["rbg", "unsafe_rbg"]
+MANY = jh.Batches([jax.tree.map(lambda x: x[:4], P.batch), jax.tree.map(lambda x: x[4:], P.batch)])
+
+
+def probed(key):
+    """What draws probes in chunks, as functions of the size of a chunk."""
+    hv, at = P.operator("hessian"), (P.objective, P.params)
+    few = {"key": key, "num_probes": 18}
+    return {
+        "trace": lambda size: jh.trace(hv, like=P.params, chunk_size=size, **few),
+        "gaussian": lambda size: jh.trace(hv, like=P.params, chunk_size=size, probe="gaussian", **few),
+        "layer_traces": lambda size: jh.layer_traces(*at, P.batch, chunk_size=size, **few)["total"],
+        "ggn": lambda size: jh.layer_traces(*at, P.batch, chunk_size=size, curvature="ggn", **few)["total"],
+        "Batches": lambda size: jh.layer_traces(*at, MANY, chunk_size=size, curvature="ggn", **few)["total"],
+    }
+
+
+@pytest.mark.parametrize("impl", OTHER_KEYS)
+@pytest.mark.parametrize("name", probed(KEY))
+def test_the_same_probes_in_chunks_of_any_size(name, impl):
+    call = probed(jax.random.key(3, impl=impl))[name]
+    whole = call(18)  # vmapped; up to 16 stand one after another
+    for size in (1, 5):
+        np.testing.assert_allclose(call(size)[:2], whole[:2], rtol=1e-4)
+    if name != "Batches":
+        np.testing.assert_allclose(jax.jit(lambda: call(5)[:2])(), whole[:2], rtol=1e-4)
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+@pytest.mark.parametrize("impl", OTHER_KEYS)
+def test_the_penalty_has_the_probes_of_its_keys(impl, curvature):
+    def penalty(key, num_probes):
+        options = {"num_probes": num_probes, "curvature": curvature, "probe": "gaussian"}
+        return jh.hessian_trace_penalty(P.objective, P.params, P.batch, key=key, **options)[0]
+
+    key = jax.random.key(3, impl=impl)
+    each = [penalty(k, 1) for k in jax.random.split(key, 18)]
+    assert penalty(key, 18) == pytest.approx(np.mean(each), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        (jax.random.split(KEY, 3), r"an array key<fry>\[3\]; of an array of keys give one, keys\[0\]"),
+        (jax.random.split(jax.random.PRNGKey(0), 3), r"an array uint32\[3,2\]; of an array of keys give one"),
+        (
+            jax.random.PRNGKey(0, impl="rbg"),
+            r"an array uint32\[4\]; 'threefry2x32', the default, has no such raw key.*wrap_key_data",
+        ),
+        (P.batch, r"a dict of \['x', 'label'\]$"),
+        (P.batch["x"], r"an array float32\[7,3\]$"),
+    ],
+)
+def test_a_key_that_is_not_one_says_what_it_is(key, hint):
+    for call in (
+        lambda: jh.layer_traces(*NETS["cross-entropy"], key=key),
+        lambda: jh.add_hessian_trace(loss_of, 1.0, key=key),
+    ):
+        with pytest.raises(
+            TypeError, match=r"key must be one JAX random key, as from jax.random.key\(0\), got " + hint
+        ):
+            call()
+
+
+def loss_of(params, batch):
+    return jnp.sum(params**4)
+
+
+def test_a_state_with_a_key_of_another_implementation():
+    mine, other = (jh.add_hessian_trace(loss_of, 1.0, key=jax.random.key(0, impl=i)) for i in ("threefry2x32", "rbg"))
+    ones = jnp.ones(3)
+    assert np.isfinite(other.update(ones, other.init(ones), ones, batch=None)[0]).all()
+    with pytest.raises(ValueError, match=r"shape \(4,\).*\(2,\), of another implementation"):
+        mine.update(ones, other.init(ones), ones, batch=None)
+
+
+def test_long_things_are_named_in_short():
+    with pytest.raises(TypeError) as error:
+        jh.trace(P.operator("hessian"), like=P.params, key={"x": np.zeros(10_000), "y": "z" * 1000})
+    assert len(str(error.value)) < 200
+
+
+# ---- batches that are none ----
+
+
+@dataclasses.dataclass
+class Example:
+    x: np.ndarray
+    label: np.ndarray
+
+
+class Loader:
+    """As of other libraries: reads batches, and is no array."""
+
+    def __init__(self, *batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+    def __len__(self):
+        return len(self.batches)
+
+
+class Foreign:
+    """An array of another library."""
+
+    shape = (7,)
+
+    def __array__(self, dtype=None, copy=None):
+        return np.zeros(7, dtype or np.float32)
+
+
+X, LABEL = BATCH["x"], BATCH["label"]
+BAD_BATCHES = {
+    "string": (BATCH | {"name": "train"}, r"at \['name'\] the string 'train'.*take strings out"),
+    "bytes": (BATCH | {"name": b"train"}, "string.*take strings out"),
+    "strings": (BATCH | {"name": np.array(["a", "b"])}, r"\['name'\].*type <U1.*take it out"),
+    "objects": (BATCH | {"x": np.array([X, None], object)}, r"\['x'\].*type object.*padded"),
+    "dataclass": (Example(X, LABEL), r"the batch is a Example, .*register_dataclass\(Example\)"),
+    "dataclass inside": ({"data": Example(X, LABEL)}, r"\['data'\].*a Example.*register_dataclass"),
+    "UserDict": (collections.UserDict(BATCH), r"the batch is a UserDict, .*dict\(\.\.\.\)"),
+    "UserDict inside": ({"data": [collections.UserDict(BATCH)]}, r"\['data'\]\[0\].*a UserDict, .*dict\(\.\.\.\)"),
+    "generator": ((b for b in [BATCH]), r"the batch is a generator, .*only once.*Batches\(list"),
+    "iterator": (iter([BATCH]), r"the batch is a list_iterator.*only once"),
+    "loader": (Loader(BATCH), r"the batch is a Loader, .*Batches\(\.\.\.\)"),
+    "loader inside": ((Loader(BATCH), 1.0), r"\[0\].*a Loader.*take it out"),
+    "foreign array": (BATCH | {"x": Foreign()}, r"\['x'\].*a Foreign.*np.asarray"),
+}
+TAKES_A_BATCH = {
+    "hessian": lambda *at: jh.hessian(*at),
+    "ggn_eigenvalues": lambda *at: jh.ggn_eigenvalues(*at),
+    "layer_traces": lambda *at: jh.layer_traces(*at, key=KEY),
+    "summarize": lambda *at: jh.summarize(*at, key=KEY),
+    "layer_names": lambda loss, params, batch: jh.layer_names(params, loss, batch),
+    "hessian_trace_penalty": lambda *at: jh.hessian_trace_penalty(*at, key=KEY),
+}
+
+
+# A loss that sees nothing of what is in the batch.
+BLIND = jh.Objective(lambda params, _: helpers.mlp(params, BATCH), lambda outputs, _: jh.cross_entropy(outputs, BATCH))
+
+
+@pytest.mark.parametrize("case", BAD_BATCHES)
+def test_what_is_no_array_in_a_batch_is_named_with_what_to_do(case):
+    batch, message = BAD_BATCHES[case]
+    for call in TAKES_A_BATCH.values():
+        with pytest.raises(TypeError, match=message):
+            call(BLIND, P.params, batch)
+
+
+@pytest.mark.parametrize("name", TAKES_A_BATCH)
+def test_every_function_looks_at_the_batch(name):
+    with pytest.raises(TypeError, match="take strings out"):
+        TAKES_A_BATCH[name](P.objective, P.params, BATCH | {"name": "train"})
+
+
+def test_a_string_in_a_later_one_of_many_batches():
+    many = jh.Batches([BATCH, BATCH | {"name": "train"}])
+    with pytest.raises(TypeError, match=r"\['name'\].*take strings out"):
+        jh.hessian(BLIND, P.params, many)(P.params)
+
+
+def test_what_jax_takes_is_taken():
+    """Keys, numbers, NumPy's and JAX's own types of arrays, nothing at all, registered classes."""
+    batch = BATCH | {"key": KEY, "rate": 0.5, "mask": np.ones(7, bool), "none": None, "half": HALF, "n": np.float64(2)}
+    for taken in (batch, None, (), [BATCH]):
+        assert jh.layer_names(P.params, BLIND, taken) == ["fc1", "fc2"]
+        jh.hessian(BLIND, P.params, taken)
+
+
+# ---- parameters that are none ----
+
+
+class Normed(nnx.Module):
+    def __init__(self, **options):
+        self.fc = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+        self.norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0), **options)
+
+    def __call__(self, x):
+        return self.norm(self.fc(x))
+
+
+class Dropping(nnx.Module):
+    def __init__(self):
+        self.fc, self.drop = nnx.Linear(3, 3, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.drop(self.fc(x))
+
+
+class Dense(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.BatchNorm(use_running_average=True)(linen.Dense(3)(x))
+
+
+def train_state():
+    model = linen.Dense(3)
+    variables = model.init(KEY, X)
+    return TrainState.create(apply_fn=model.apply, params=variables["params"], tx=optax.sgd(0.1))
+
+
+VARIABLES = Dense().init(KEY, X)
+SPLIT = r"nnx.split\(model, nnx.Param, \.\.\.\)"
+BAD_PARAMETERS = {
+    "Linen's variables": (VARIABLES, ValueError, r"'batch_stats'.*variables\['params'\].*batch\['batch_stats'\]"),
+    "a collection inside": (
+        VARIABLES["params"] | {"batch_stats": VARIABLES["batch_stats"]},
+        ValueError,
+        "'batch_stats'.*not to be differentiated",
+    ),
+    "another collection": ({"params": P.params, "cache": P.params}, ValueError, "'cache'.*not to be differentiated"),
+    "a Linen module": (Dense(), TypeError, r"a Dense, no array; .*variables\['params'\]"),
+    "a TrainState": (train_state(), TypeError, "a whole TrainState; give its parameters, state.params"),
+    "an NNX module": (Normed(), ValueError, rf"BatchStat at .*norm.*{SPLIT}.*rest in the batch"),
+    "an NNX state": (nnx.state(Normed()), ValueError, rf"BatchStat at .*norm.*{SPLIT}"),
+    "random streams": (Dropping(), ValueError, rf"RngCount at .*{SPLIT}"),
+    "an Equinox module": (eqx.nn.MLP(3, 3, 4, 1, key=KEY), TypeError, r"eqx.partition\(model, eqx.is_inexact_array\)"),
+    "a UserDict": (collections.UserDict(P.params), TypeError, r"a UserDict, no array; make a dict"),
+    "another library's array": ({"w": Foreign()}, TypeError, r"\['w'\].*a Foreign, no array; .*np.asarray"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PARAMETERS)
+def test_what_is_not_to_be_differentiated_is_named_with_what_to_give(case):
+    params, error, message = BAD_PARAMETERS[case]
+    for name in ("hessian", "layer_traces", "summarize", "hessian_trace_penalty"):
+        with pytest.raises(error, match=message):
+            TAKES_A_BATCH[name](BLIND, params, BATCH)
+
+
+def test_an_nnx_module_of_parameters_alone_is_a_tree_like_others():
+    model = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+    objective = jh.Objective(lambda model, batch: model(batch["x"]), jh.cross_entropy)
+    _, params = nnx.split(model)
+    graph = nnx.graphdef(model)
+    split = jh.Objective(lambda params, batch: nnx.merge(graph, params)(batch["x"]), jh.cross_entropy)
+    found, expected = jh.ggn_eigenvalues(objective, model, BATCH), jh.ggn_eigenvalues(split, params, BATCH)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+# ---- arguments in each other's place ----
+
+
+def objective_of(criterion=jh.cross_entropy, predict=helpers.mlp):
+    return jh.Objective(predict, criterion)
+
+
+PAIRS = jh.Objective(lambda params, batch: helpers.mlp(params, {"x": batch[0]}), jh.cross_entropy)
+SLIPS = {
+    "a list of batches": (P.objective, [BATCH, BATCH], TypeError, r"a list of 2 trees of one kind.*Batches\(batch\)"),
+    "a tuple of batches": (P.objective, (BATCH, BATCH), TypeError, r"a tuple of 2 trees of one kind.*Batches\(batch\)"),
+    "a ragged list": (P.objective, [BATCH, jax.tree.map(lambda x: x[:3], BATCH)], TypeError, r"list of 2.*Batches"),
+    "a list of pairs": (PAIRS, [(X, LABEL)] * 3, TypeError, r"a list of 3 trees of one kind.*Batches\(batch\)"),
+    "a list of arrays": (P.objective, [X, X], TypeError, r"a list of 2 trees of one kind.*Batches\(batch\)"),
+    "a batch in a list": (P.objective, [BATCH], TypeError, r"a list of 1 trees.*or one of them"),
+    "a key": (P.objective, KEY, TypeError, "random key; the batch comes third, and a key by name"),
+    "a pair": (PAIRS, (X, LABEL), ValueError, r"CrossEntropy\(labels=lambda batch: batch\[1\]\)"),
+    "a pair in another order": (
+        jh.Objective(lambda params, batch: helpers.mlp(params, {"x": batch[1]}), jh.cross_entropy),
+        (LABEL, X),
+        ValueError,
+        r"CrossEntropy\(labels=lambda batch: batch\[0\]\)",
+    ),
+    "labels of another name": (
+        P.objective,
+        {"x": X, "y": LABEL},
+        ValueError,
+        r"a dict of \['x', 'y'\].*CrossEntropy\(labels=lambda batch: batch\['y'\]\)",
+    ),
+    "targets of another name": (
+        objective_of(jh.squared_error),
+        {"x": X, "target": X},
+        ValueError,
+        r"SquaredError\(labels=lambda batch: batch\['target'\]\)",
+    ),
+    "integers of another name": (
+        P.objective,
+        {"x": X, "digit": LABEL},
+        ValueError,
+        r"CrossEntropy\(labels=lambda batch: batch\['digit'\]\)",
+    ),
+    "padding": (
+        P.objective,
+        {"x": X, "label": np.where(LABEL == 1, -100, LABEL)},
+        ValueError,
+        r"labels run from -100 to 2, outside 0..2 for 3 outputs; .*CrossEntropy\(weights=lambda batch: "
+        r'batch\["label"\] >= 0\)',
+    ),
+    "classes from 1": (P.objective, {"x": X, "label": LABEL + 1}, ValueError, "from 1 to 3, .*the first class is 0"),
+}
+
+
+@pytest.mark.parametrize("case", SLIPS)
+@pytest.mark.parametrize("name", ["hessian", "ggn_eigenvalues", "summarize", "layer_names", "hessian_trace_penalty"])
+def test_a_slip_in_the_batch_is_recognised(case, name):
+    objective, batch, error, message = SLIPS[case]
+    if name == "layer_names" and error is ValueError:
+        return  # which names the layers of any net
+    with pytest.raises(error, match=message):
+        TAKES_A_BATCH[name](objective, P.params, batch)
+
+
+def test_the_line_for_padding_works():
+    padded = {"x": X, "label": np.where(LABEL == 1, -100, LABEL)}
+    kept = {"x": X[LABEL != 1], "label": LABEL[LABEL != 1]}
+    criterion = jh.CrossEntropy(weights=lambda batch: batch["label"] >= 0)
+    found = jh.ggn_eigenvalues(objective_of(criterion), P.params, padded)
+    np.testing.assert_allclose(found, jh.ggn_eigenvalues(P.objective, P.params, kept), rtol=1e-4)
+
+
+def test_lists_that_the_loss_takes_are_one_batch():
+    def loss(params, batch):
+        return (P.objective(params, batch[0]) + P.objective(params, batch[1])) / 2
+
+    found = jh.hessian(loss, P.params, [BATCH, BATCH])(P.params)
+    assert distance(helpers.ravel(found), helpers.ravel(jh.hessian(P.objective, P.params, BATCH)(P.params))) < 1e-5
+
+
+def test_an_error_of_the_loss_itself_is_left_as_it_is():
+    def loss(params, batch):
+        raise KeyError("mine")
+
+    for batch in (BATCH, (X, LABEL), (X, X)):
+        with pytest.raises(KeyError, match="mine"):
+            jh.hessian(loss, P.params, batch)
+
+
+def test_the_batch_is_given_to_the_transformation_by_name():
+    tx = jh.add_hessian_trace(loss_of, 1.0, key=KEY)
+    ones = jnp.ones(3)
+    with pytest.raises(TypeError, match=r"tx.update\(grads, state, params, batch=batch\)"):
+        tx.update(ones, tx.init(ones), ones, BATCH)
+
+
+def test_optax_flatten_around_the_transformation():
+    penalty = jh.add_hessian_trace(P.objective, 0.1, key=KEY)
+    around = optax.flatten(optax.chain(penalty, optax.sgd(0.1)))
+    with pytest.raises(TypeError, match=r"one flat vector.*optax.chain\(add_hessian_trace\(\.\.\.\), optax.flatten"):
+        around.update(P.params, around.init(P.params), P.params, batch=BATCH)
+    before = optax.chain(penalty, optax.flatten(optax.sgd(0.1)))
+    alone = optax.chain(penalty, optax.sgd(0.1))
+    found, expected = (tx.update(P.params, tx.init(P.params), P.params, batch=BATCH)[0] for tx in (before, alone))
+    assert distance(helpers.ravel(found), helpers.ravel(expected)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("layers", "names"),
+    [
+        ("all", ["fc1", "fc2", "fc3", "fc4"]),
+        (None, ["fc1", "fc2", "fc3", "fc4"]),
+        ("middle", ["fc2", "fc3"]),
+        (["fc4", "fc1"], ["fc1", "fc4"]),
+        (("fc2",), ["fc2"]),
+    ],
+)
+def test_the_layers_of_a_table(layers, names):
+    at, options = (P.objective, helpers.dense_layers([3, 2, 2, 2, 3]), BATCH), {"key": KEY, "layers": layers}
+    assert list(jh.summarize(*at, **options, num_probes=2, num_steps=2)) == [*names, "total"]
+    assert list(jh.layer_spectra(*at, **options, num_steps=2)) == [*names, "total"]
+
+
+def test_a_word_that_is_no_selection_of_layers():
+    for call in (jh.summarize, jh.layer_spectra):
+        with pytest.raises(TypeError, match=r"'all' or 'middle', got the string 'last'; write \['last'\]"):
+            call(P.objective, P.params, BATCH, key=KEY, layers="last")
+
+
+# ---- probabilities in place of logits ----
+
+
+def probabilities(name):
+    """Nets that end in a softmax, however it is written."""
+
+    def predict(params, batch):
+        logits = helpers.mlp(params, batch)
+        if name == "by hand":
+            e = jnp.exp(logits - logits.max(-1, keepdims=True))
+            return e / e.sum(-1, keepdims=True)
+        if name == "half precision":
+            return jax.nn.softmax(logits.astype(jnp.bfloat16)).astype(jnp.float32)
+        return jax.nn.softmax(logits)
+
+    return {"jit": jax.jit, "checkpoint": jax.checkpoint}.get(name, lambda f: f)(predict)
+
+
+@pytest.mark.parametrize("name", ["softmax", "by hand", "half precision", "jit", "checkpoint"])
+def test_a_net_that_ends_in_a_softmax_is_no_net_of_logits(name):
+    objective = objective_of(predict=probabilities(name))
+    for call in ("hessian", "layer_traces", "ggn_eigenvalues", "summarize", "hessian_trace_penalty"):
+        with pytest.raises(
+            ValueError, match=r"ends in a softmax.*takes logits.*jnp.log.*lambda outputs, batch: cross_ent"
+        ):
+            TAKES_A_BATCH[call](objective, P.params, BATCH)
+
+
+def test_what_the_message_about_a_softmax_offers():
+    predict, expected = probabilities("softmax"), jh.ggn_eigenvalues(P.objective, P.params, BATCH)
+    logs = objective_of(predict=lambda params, batch: jnp.log(predict(params, batch)))
+    np.testing.assert_allclose(jh.ggn_eigenvalues(logs, P.params, BATCH), expected, rtol=1e-3)
+    twice = objective_of(lambda outputs, batch: jh.cross_entropy(outputs, batch), predict)
+    assert jh.trace(jh.ggn(twice, P.params, BATCH), like=P.params, key=KEY, num_probes=64).mean < 0.9 * expected.sum()
+
+
+def softmax_over_examples(params, batch):
+    return jax.nn.softmax(helpers.mlp(params, batch), axis=0)
+
+
+def attention_then_sum(params, batch):
+    weights = jax.nn.softmax(helpers.mlp(params, batch))
+    return weights + helpers.mlp(params, batch)
+
+
+def log_probabilities(params, batch):
+    return jax.nn.log_softmax(helpers.mlp(params, batch))
+
+
+@pytest.mark.parametrize("predict", [softmax_over_examples, attention_then_sum, log_probabilities])
+def test_what_only_looks_like_a_softmax_at_the_end_is_taken(predict):
+    jh.hessian(objective_of(predict=predict), P.params, BATCH)
+    jh.hessian(objective_of(jh.squared_error, probabilities("softmax")), P.params, {"x": X, "label": X})
