@@ -481,7 +481,7 @@ def _check_mean(loss, params, batches):
     """ValueError for a loss over several batches that is no mean over independent examples, tried on a few of them."""
     some = list(itertools.islice(batches, 2))
     # Of a random key the halves would make other random numbers than the whole.
-    if len(some) < 2 or any(isinstance(x, jax.core.Tracer) or _is_key(x) for x in jax.tree.leaves((params, some))):
+    if len(some) < 2 or any(isinstance(x, jax.core.Tracer) or _is_key(x) for x in jax.tree.leaves((params, some[0]))):
         return
     try:
         count = _examples(loss, params, some[0]) // 2 * 2
