@@ -132,13 +132,14 @@ def compute(
     try:
         call()
     except ValueError:
-        if not resumed and _files(folder) == before:  # a slip that is mended at once shall not stand in the way
+        if not resumed and _files(folder) == before:  # nothing computed: the corrected command may take the folder
             _rewrite(marker, "")
         raise
     now = _files(folder)
     written = [name for name in NUMBERS if now.get(name) != before.get(name)]
     for name in {*NUMBERS, FIGURE}.difference(written):  # of what is replaced
         (folder / name).unlink(missing_ok=True)
+    # The wall time of a run that went on is that of its last part.
     made |= {"wall_seconds": round(time.monotonic() - start, 1), "resumed": resumed, "files": written, "seed": 0}
     results.save_json(folder / CONFIG, {"experiment": settings["experiment"]} | made | dict(settings))
     _rewrite(marker, "")
@@ -183,7 +184,7 @@ def _copy(source, target):
 
 
 def made_with() -> dict[str, Any]:
-    """What a result depends on beside its settings: when, and by which code on which machine, it is made."""
+    """How a result is made now: the date, the code and its versions, the machine."""
     commit = _git("rev-parse", "HEAD") if _git("ls-files", "experiments/folders.py") else None
     return {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -197,8 +198,9 @@ def made_with() -> dict[str, Any]:
 
 def _git(*words):
     """What git says of the checkout; None where there is no git, or no repository."""
+    command = ["git", "--no-optional-locks", "-C", ROOT, *words]
     try:
-        found = subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=True)
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return found.stdout.strip()
