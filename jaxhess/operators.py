@@ -152,7 +152,8 @@ def linearize(operator: Operator, *, like: PyTree) -> Operator:
         return operator
     # In the precision of the products, which is that of the vectors that samplers draw.
     like = jax.tree.map(lambda x: jnp.asarray(x, at_least_float32(x)), like)
-    return Partial(_apply_linear, _linearize(as_partial(operator), like), like)
+    operator = as_partial(operator)
+    return Partial(_apply_linear, _linearize(operator, like), like, operator)
 
 
 @jax.jit
@@ -161,8 +162,15 @@ def _linearize(operator, like):
 
 
 @jax.jit
-def _apply_linear(linear, like, v):
+def _apply_linear(linear, like, source, v):
+    del source  # kept for those who ask what was linearised
     return linear(_match(v, like))
+
+
+def source(operator: Operator) -> Partial:
+    """What was linearised, or the operator itself."""
+    made = as_partial(operator)
+    return made.args[2] if made.func is _apply_linear else made
 
 
 def as_partial(operator: Operator) -> Partial:

@@ -13,6 +13,7 @@ import optax
 import scipy.special
 
 from jaxhess._checks import check_count, check_key, check_known, check_like
+from jaxhess._diagnosis import NotFiniteError, why_not_finite
 from jaxhess.batches import Batches
 from jaxhess.lanczos import dimension, lanczos, ritz, tree_norm
 from jaxhess.layers import Layer, chosen_layers, find_layers, layer_names
@@ -361,15 +362,19 @@ def layer_spectra(
     counts = {name: _count_steps(dims[name], num_steps, num_draws, reorthogonalize) for name in left}
     total, before = sum(counts.values()), 0
     for name, (i, layer) in left.items():
-        spectra[name] = spectrum(
-            product if layer is None else _block(product, layer, params),
-            like=params if layer is None else layer.take(params),
-            key=jax.random.fold_in(key, i),
-            num_steps=num_steps,
-            num_draws=num_draws,
-            reorthogonalize=reorthogonalize,
-            progress=None if progress is None else partial(_report, progress, before, total),
-        )
+        try:
+            spectra[name] = spectrum(
+                product if layer is None else _block(product, layer, params),
+                like=params if layer is None else layer.take(params),
+                key=jax.random.fold_in(key, i),
+                num_steps=num_steps,
+                num_draws=num_draws,
+                reorthogonalize=reorthogonalize,
+                progress=None if progress is None else partial(_report, progress, before, total),
+            )
+        except NotFiniteError:
+            why = why_not_finite(curvature, loss, params, batch)
+            raise NotFiniteError(f"products of the curvature of {name!r} are not finite: {why}") from None
         before += counts[name]
     return {name: spectra[name] for name in parts}
 

@@ -23,6 +23,7 @@ FLOORS = [
     {"batches", "objective"},
     {"layers"},
     {"operators"},
+    {"_diagnosis"},
     {"trace"},
     {"lanczos", "structure", "regularizer"},
     {"spectrum", "transform"},
