@@ -49,6 +49,8 @@ def described(thing: Any) -> str:
         return f"an array {thing.dtype}[{','.join(map(str, thing.shape))}]"
     if isinstance(thing, Mapping):
         return f"a {type(thing).__name__} of {reprlib.repr(list(thing))}"
+    if isinstance(thing, (list, tuple)):
+        return f"a {type(thing).__name__} of {len(thing)}"
     return reprlib.repr(thing)
 
 
@@ -109,9 +111,9 @@ def _kind(leaf):
 def _instead(leaf, whole):
     """What to do with something that is no array."""
     if isinstance(leaf, (str, bytes)):
-        return "take strings out of the batch, or encode them as numbers"
+        return "take strings out, or encode them as numbers"
     if isinstance(leaf, (np.ndarray, np.generic)):
-        return "take it out of the batch, or make it one array of numbers (rows of different lengths padded)"
+        return "take it out, or make it one array of numbers (rows of different lengths padded)"
     if isinstance(leaf, Mapping):
         return "make a dict of it, dict(...)"
     if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
@@ -122,7 +124,7 @@ def _instead(leaf, whole):
         return "make one of it, np.asarray(...)"
     if whole and hasattr(leaf, "__iter__"):
         return "for the mean over the batches in it give Batches(...)"
-    return "take it out of the batch, or make a pytree of arrays of it"
+    return "take it out, or make a pytree of arrays of it"
 
 
 def likely_labels(batch: PyTree) -> Any:
@@ -196,12 +198,12 @@ def hints(params: PyTree, batch: PyTree) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if (hint := _hint(params, batch)) is None:
+        if (hint := _hint(params, batch, error)) is None:
             raise
         raise TypeError(f"{type(error).__name__} in the loss: {error}. {hint}") from error
 
 
-def _hint(params, batch):
+def _hint(params, batch, error):
     if isinstance(batch, jax.Array) and jnp.issubdtype(batch.dtype, jax.dtypes.prng_key):
         return "The batch is a random key; the batch comes third, and a key by name, key=key"
     if isinstance(batch, (list, tuple)) and _one_kind(batch):
@@ -209,7 +211,8 @@ def _hint(params, batch):
             f"The batch is a {type(batch).__name__} of {len(batch)} trees of one kind; if these are batches, give "
             f"Batches(batch) for the mean over all of them, or one of them"
         )
-    if isinstance(params, (jax.Array, np.ndarray)) and params.ndim == 1:
+    flat = isinstance(params, (jax.Array, np.ndarray)) and params.ndim == 1
+    if flat and not isinstance(error, ValueError):  # which says that the loss knows what to do with a vector
         return (
             "The parameters are one flat vector. Under optax.flatten the loss is given such a one: put the "
             "transformation before it, optax.chain(add_hessian_trace(...), optax.flatten(...)). Elsewhere unravel it "

@@ -17,6 +17,7 @@ import scipy.linalg
 from numpy.typing import ArrayLike
 
 from jaxhess._checks import at_least_float32, check_count, check_key, check_known, check_like, standard_promotion
+from jaxhess._diagnosis import NotFiniteError, why_product_not_finite
 from jaxhess._noise import Run, noise
 from jaxhess.operators import apply_stacked, as_partial, runs_on_host
 from jaxhess.trace import random_like, spread
@@ -135,10 +136,12 @@ def lanczos(
     state = _begin(start, num_steps, bool(reorthogonalize))
     basis = _empty_basis(state.vector, num_steps, reorthogonalize) if reorthogonalize else None
     for done in range(1, num_steps + 1):
-        following = advance(state, basis, operator(state.vector), restart_key)
-        basis, state = write(basis, state.vector, state.step), following
+        vector = state.vector
+        following = advance(state, basis, operator(vector), restart_key)
+        basis, state = write(basis, vector, state.step), following
         if not np.isfinite(float(state.scale)):
-            raise ValueError(f"the product is not finite at Lanczos step {done}; look for overflow or NaN in the loss")
+            why = why_product_not_finite(operator, vector)
+            raise NotFiniteError(f"the product is not finite at Lanczos step {done}: {why}")
         if progress is not None:
             progress(done, num_steps)
         if not state.alive:

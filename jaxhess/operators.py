@@ -180,7 +180,16 @@ def _linearize(operator, like):
 
 @jax.jit
 def _apply_linear(linear, like, v):
+    del source  # kept for those who ask what was linearised
     return linear(_match(v, like))
+
+
+def source(operator: Operator) -> Partial:
+    """What was linearised, or what a block is of, or the operator itself."""
+    made = as_partial(operator)
+    if isinstance(made.func, _Block):
+        return source(made.args[0])
+    return made.args[2] if isinstance(made.func, _Linear) else made
 
 
 def as_partial(operator: Operator) -> Partial:

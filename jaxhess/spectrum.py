@@ -12,6 +12,7 @@ import numpy as np
 import scipy.special
 
 from jaxhess._checks import check_count, check_key, check_known, check_like
+from jaxhess._diagnosis import NotFiniteError, why_not_finite
 from jaxhess._noise import Run, noise
 from jaxhess.batches import Batches
 from jaxhess.lanczos import dimension, lanczos, ritz, ritz_run, tree_norm
@@ -428,15 +429,19 @@ def spectra_of_layers(
 
     found = {}
     for name, (i, layer) in left.items():
-        found[name] = _quadrature(
-            part_of(product, name),
-            params if layer is None else layer.take(params),
-            jax.random.fold_in(key, i),
-            num_steps,
-            num_draws,
-            reorthogonalize,
-            None if progress is None else partial(_report, progress, before, total),
-        )
+        try:
+            found[name] = _quadrature(
+                part_of(product, name),
+                params if layer is None else layer.take(params),
+                jax.random.fold_in(key, i),
+                num_steps,
+                num_draws,
+                reorthogonalize,
+                None if progress is None else partial(_report, progress, before, total),
+            )
+        except NotFiniteError:
+            why = why_not_finite(curvature, loss, params, batch)
+            raise NotFiniteError(f"products of the curvature of {name!r} are not finite: {why}") from None
         before += counts[name]
     spectra |= _with_noise(product, part_of, found, params, key)
     return {name: spectra[name] for name in parts}, exact

@@ -16,6 +16,7 @@ import scipy.linalg
 from jax.sharding import Mesh, NamedSharding
 
 from jaxhess._checks import check_known
+from jaxhess._diagnosis import NotFiniteError, why_not_finite
 from jaxhess.batches import Batches
 from jaxhess.layers import Layer, find_layers, layer_names
 from jaxhess.objective import CrossEntropy, NoFactorError, Objective, factored, outputs_of
@@ -320,7 +321,7 @@ def _gram_matrices(loss, params, batch, layers, max_bytes, progress):
     params, batch = jax.tree.map(_automatic, (params, batch))
     outputs = _outputs(loss, params, batch)
     if not bool(jnp.isfinite(outputs).all()):
-        raise ValueError("the outputs of predict are not finite; look for NaN or overflow in the batch or the network")
+        raise NotFiniteError(why_not_finite("ggn", loss, params, batch))
     loss = Objective(loss.predict, factored(loss.criterion, outputs, batch, max_classes=outputs.shape[-1]))
     of_examples = _of_independent_examples(loss, params, batch, outputs)
     # An example that depends on others has its rows differentiated through the batch, which takes as long as one.
@@ -359,10 +360,8 @@ def _gram_matrices(loss, params, batch, layers, max_bytes, progress):
             report()
     for name, gram in grams.items():
         if not np.isfinite(gram).all():
-            raise ValueError(
-                f"the products of the Jacobian's rows are not finite in layer {name!r}; look for a derivative that is "
-                f"NaN or overflows, in the network or the criterion"
-            )
+            why = why_not_finite("ggn", loss, params, batch)
+            raise NotFiniteError(f"the products of the Jacobian's rows are not finite in layer {name!r}: {why}")
     grams |= {"total": sum(grams.values())}
     energy = np.diag(grams["total"]).reshape(count, -1).sum(1)
     groups = dict.fromkeys(group for group, *_ in plan)

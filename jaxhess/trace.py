@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from jaxhess._checks import at_least_float32, check_count, check_key, check_like, standard_promotion
+from jaxhess._diagnosis import NotFiniteError, why_not_finite, why_product_not_finite
 from jaxhess.batches import Batches, first_batch
 from jaxhess.layers import Layer, find_layers, layer_names
 from jaxhess.objective import Objective, factored, outputs_of
@@ -94,8 +95,13 @@ def trace(
     """
     check_key(key)
     check_like("like", like)
-    draw = partial(_quadratic_forms, operator, like, sampler(probe))
-    return _estimate(draw, key, num_probes, rtol, atol, max_probes, chunk_size, ("the operator",))[0]
+    distribution = sampler(probe)
+    draw = partial(_quadratic_forms, operator, like, distribution)
+
+    def why():
+        return why_product_not_finite(operator, random_like(key, like, distribution))
+
+    return _estimate(draw, why, key, num_probes, rtol, atol, max_probes, chunk_size, ("the operator",))[0]
 
 
 def layer_traces(
@@ -162,7 +168,8 @@ def layer_traces(
     samples = _LayerSamples(curvature, form, loss, find_layers(params, names), sampler(probe))
     names = [*names, "total"]
     draw = partial(samples.over_batches if isinstance(batch, Batches) else samples, params, batch)
-    estimates = _estimate(draw, key, num_probes, rtol, atol, max_probes, chunk_size, names)
+    why = partial(why_not_finite, curvature, loss, params, batch)
+    estimates = _estimate(draw, why, key, num_probes, rtol, atol, max_probes, chunk_size, names)
     return dict(zip(names, estimates, strict=True))
 
 
@@ -336,8 +343,8 @@ def _ggn_forms(spec, params, batch, keys):
 # ---- means, standard errors, and when to stop ----
 
 
-def _estimate(draw, key, num_probes, rtol, atol, max_probes, chunk_size, names):
-    """Estimates from ``draw(keys) -> (len(keys), quantities)``, in equal chunks of keys."""
+def _estimate(draw, why, key, num_probes, rtol, atol, max_probes, chunk_size, names):
+    """Estimates from ``draw(keys) -> (len(keys), quantities)``, in equal chunks of keys; ``why`` one is not finite."""
     check_count("num_probes", num_probes)
     check_count("chunk_size", chunk_size)
     adaptive = rtol is not None or atol is not None
@@ -359,7 +366,7 @@ def _estimate(draw, key, num_probes, rtol, atol, max_probes, chunk_size, names):
         samples = np.concatenate([samples, np.asarray(new, np.float64)])
         if not np.isfinite(samples[-chunk:]).all():
             bad = [name for name, ok in zip(names, np.isfinite(samples).all(0), strict=True) if not ok]
-            raise ValueError(f"probes gave values that are not finite for {bad}; look for overflow or NaN in the loss")
+            raise NotFiniteError(f"probes gave values that are not finite for {bad}: {why()}")
         if len(samples) < num_probes:
             continue
         # At most a chunk too many were drawn.

@@ -684,3 +684,105 @@ def log_probabilities(params, batch):
 def test_what_only_looks_like_a_softmax_at_the_end_is_taken(predict):
     jh.hessian(objective_of(predict=predict), P.params, BATCH)
     jh.hessian(objective_of(jh.squared_error, probabilities("softmax")), P.params, {"x": X, "label": X})
+
+
+# ---- values that are not finite ----
+
+
+def power(exponent):
+    """Of "a" the power of its absolute value, at zero: below 1 the slope is infinite there, below 2 the second one."""
+
+    def predict(params, batch):
+        a = (jnp.abs(params["a"]["w"]) ** exponent).sum()
+        return (a + (params["z"]["w"] ** 2).sum()) * batch["x"][:, None]
+
+    return jh.Objective(predict, lambda outputs, batch: outputs.mean())
+
+
+FINITE = {"x": jnp.ones(4)}
+AT_ZERO = {"a": {"w": jnp.zeros(2)}, "z": {"w": jnp.ones(2)}}
+LATE = jh.Batches([FINITE, {"x": FINITE["x"].at[2].set(jnp.nan)}])
+CAUSES = {
+    "second derivative": (
+        power(1.5),
+        FINITE,
+        r"loss, 2, .*slope are finite, and its second derivative.* layers \['a'\]",
+    ),
+    "slope": (power(0.5), FINITE, r"loss is finite, 2, and its slope is not in layers \['a'\]$"),
+    "outputs": (
+        power(2.0),
+        LATE.batches[1],
+        r"outputs of predict.* in 1 of 4 rows \(the batch is not finite at \['x'\]",
+    ),
+    "loss": (jh.Objective(power(2).predict, lambda o, b: jnp.sqrt(-1 - o**2).mean()), FINITE, "loss itself is nan$"),
+    "one of many": (power(2.0), LATE, r"outputs of predict .* in 1 of 4 rows .*in batch 1$"),
+}
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+def test_what_is_not_finite_is_named(cause):
+    objective, batch, message = CAUSES[cause]
+    hv = jh.hessian(objective, AT_ZERO, batch)
+    at, like = (objective, AT_ZERO, batch), {"like": AT_ZERO, "key": KEY}
+    for name, call in {
+        "layer_traces": lambda: jh.layer_traces(*at, key=KEY, num_probes=2),
+        "layer_spectra": lambda: jh.layer_spectra(*at, key=KEY, num_steps=2),
+        "summarize": lambda: jh.summarize(*at, key=KEY, num_steps=2, num_probes=2),
+        "trace": lambda: jh.trace(hv, num_probes=2, **like),
+        "spectrum": lambda: jh.spectrum(hv, num_steps=2, **like),
+        "linearized": lambda: jh.spectrum(jh.linearize(hv, like=AT_ZERO), num_steps=2, **like),
+        "top_eigenpairs": lambda: jh.top_eigenpairs(hv, k=1, **like),
+        "lanczos": lambda: jh.lanczos(hv, jax.tree.map(jnp.ones_like, AT_ZERO), 2),
+    }.items():
+        with pytest.raises(ValueError, match=rf"not finite.*{message}"):
+            call()
+            pytest.fail(name)
+
+
+@pytest.mark.parametrize("bad", ["slope", "outputs"])
+def test_what_is_not_finite_in_the_gram_matrix(bad):
+    objective = jh.Objective(power(0.5).predict, jh.squared_error)
+    batch = FINITE | {"label": jnp.ones((4, 1))}
+    if bad == "outputs":
+        batch["x"] = LATE.batches[1]["x"]
+    message = {"slope": r"in layer 'a': .*slope is not in layers \['a'\]", "outputs": r"in 1 of 4 rows \(the batch"}[
+        bad
+    ]
+    for call in (
+        lambda: jh.ggn_eigenvalues(objective, AT_ZERO, batch),
+        lambda: jh.layer_spectra(objective, AT_ZERO, batch, key=KEY, curvature="ggn", method="gram"),
+    ):
+        with pytest.raises(ValueError, match=f"not finite {message}"):
+            call()
+    with pytest.raises(ValueError, match=r"not finite for \['a', 'total'\].*" if bad == "slope" else "in 1 of 4 rows"):
+        jh.layer_traces(objective, AT_ZERO, batch, key=KEY, num_probes=2, curvature="ggn")
+
+
+def test_the_criterion_of_a_trace_of_the_ggn():
+    def sharp(outputs, batch):
+        return (jnp.abs(outputs - 2) ** 1.5).mean()  # its second derivative is infinite where the outputs are 2
+
+    objective = jh.Objective(power(2.0).predict, sharp)
+    with pytest.raises(ValueError, match="not finite"):
+        jh.layer_traces(objective, AT_ZERO, FINITE, key=KEY, num_probes=2, curvature="ggn")
+    with pytest.raises(ValueError, match="criterion's second derivative is not in layers"):
+        jh.trace(jh.ggn(objective, AT_ZERO, FINITE), like=AT_ZERO, key=KEY, num_probes=2)
+
+
+def test_operators_of_ones_own_that_are_not_finite():
+    like = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    with pytest.raises(ValueError, match=r"not finite at Lanczos step 1: .*NaN in the operator, at \['b'\]$"):
+        jh.spectrum(lambda v: v | {"b": v["b"] * jnp.nan}, like=like, key=KEY, num_steps=2)
+    with pytest.raises(ValueError, match=r"not finite for \['the operator'\]: .*at \['b'\]$"):
+        jh.trace(lambda v: v | {"b": v["b"] * jnp.nan}, like=like, key=KEY, num_probes=2)
+    with pytest.raises(ValueError, match="squares overflow; scale the operator down"):
+        jh.trace(lambda v: 3e38 * v, like=jnp.ones(3), key=KEY, num_probes=2)
+
+
+def test_a_net_so_steep_that_its_curvature_overflows():
+    objective = jh.Objective(lambda params, batch: 1e25 * params["w"][None] * batch["x"][:, None], jh.squared_error)
+    batch = {"x": jnp.arange(1.0, 3.0), "label": jnp.zeros((2, 1))}
+    with pytest.raises(
+        ValueError, match=r"not finite for \['w', 'total'\]: .*overflow where they are multiplied; scale"
+    ):
+        jh.layer_traces(objective, {"w": jnp.zeros(1)}, batch, key=KEY, num_probes=2, curvature="ggn")
