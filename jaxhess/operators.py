@@ -165,7 +165,7 @@ class _Linear:
     """A product of which everything that does not depend on v was computed before."""
 
     def __call__(self, linear, like, origin, v):
-        del origin  # kept for `perturbed`
+        del origin  # kept for `perturbed` and `source`
         return _apply_linear(linear, like, v)
 
     def perturbed(self, key, size, linear, like, origin):
@@ -180,7 +180,6 @@ def _linearize(operator, like):
 
 @jax.jit
 def _apply_linear(linear, like, v):
-    del source  # kept for those who ask what was linearised
     return linear(_match(v, like))
 
 
