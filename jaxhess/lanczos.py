@@ -326,7 +326,8 @@ def _empty_basis(vector, num_steps, where):
             return np.zeros((num_steps, *x.shape), x.dtype)
         sharding = spread(x)
         if sharding is not None:
-            sharding = sharding.update(spec=jax.sharding.PartitionSpec(None, *sharding.spec))
+            spec = jax.sharding.PartitionSpec(None, *sharding.spec)
+            sharding = jax.sharding.NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
         return jnp.zeros((num_steps, *x.shape), x.dtype, device=sharding)
 
     return jax.tree.map(zeros, vector)

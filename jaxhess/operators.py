@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.custom_derivatives import SymbolicZero
 from jax.experimental import multihost_utils
 from jax.tree_util import Partial
 
@@ -175,7 +176,29 @@ class _Linear:
 
 @jax.jit
 def _linearize(operator, like):
-    return jax.linearize(operator, jax.tree.map(jnp.zeros_like, like))[1]
+    def product(v):
+        entry = jnp.sum(jnp.ravel(jax.tree.leaves(v)[0])[:1])
+        return jax.tree.map(lambda x: _with_tangent(x, entry), operator(v))
+
+    return jax.linearize(product, jax.tree.map(jnp.zeros_like, like))[1]
+
+
+@jax.custom_jvp
+def _with_tangent(x, entry):
+    """``x``, whose tangent is an array also where it is zero.
+
+    In JAX 0.6 and 0.7, what `jax.linearize` returns keeps zeros that it made under ``jit``, and cannot leave it. Zeros
+    made of a tangent are none of them; ``entry`` is any number that depends on v.
+    """
+    return x
+
+
+@partial(_with_tangent.defjvp, symbolic_zeros=True)
+def _(primals, tangents):
+    x, (tangent, of_entry) = primals[0], tangents
+    if isinstance(tangent, SymbolicZero):
+        tangent = jnp.full(x.shape, jnp.where(False, of_entry, 0), x.dtype)
+    return x, tangent
 
 
 @jax.jit
