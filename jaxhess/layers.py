@@ -61,6 +61,8 @@ def layer_names(params: PyTree, loss: Callable | None = None, batch: PyTree = No
     Natural order puts Conv_2 before Conv_10. Network order, with ``loss`` and ``batch``, is that of the first
     operation that joins a layer's parameters with data from the batch; a tied weight belongs to its first user, and
     layers that the loss does not use come last. Layers that a ``lax.scan`` in the loss runs over come out one by one.
+    Where a new version of JAX writes a loop in a way that cannot be read, a warning says so, and these layers stay in
+    one piece.
 
     Args:
       params: a pytree of arrays (dicts, lists, dataclasses, Flax, Equinox or Haiku parameters).
@@ -337,9 +339,9 @@ def _inner(eqn, ins, uses):
         return [_merge(*tags) for tags in zip(*(_walk(branch, ins[1:], uses) for branch in branches), strict=True)]
     if name in ("scan", "while", "cond"):
         warnings.warn(
-            f"jaxhess cannot read the {name!r} of JAX {jax.__version__}: the layers used in it come in the order of the "
-            f"parameters' leaves, and arrays that hold many layers are not split. The numbers are right all the same. "
-            f"Write layers= for another order, and please report this",
+            f"jaxhess cannot read the {name!r} of JAX {jax.__version__}: layers that are used in it come in the order "
+            f"of the parameters' leaves, and arrays that hold many layers are not split. All numbers stay right. "
+            f"Choose layers and their order with layers=, and please report this",
             stacklevel=2,
         )
     elif len(jaxprs) == 1 and _fits(jaxprs[0], ins, eqn.outvars):  # jit, checkpoint, custom_jvp, custom_vjp, shard_map
@@ -447,8 +449,8 @@ def _walk_scan(body, consts, carried, indices, ins, uses):
     ins = [enter(tag) if i >= consts + carried else tag for i, tag in enumerate(ins)]
     outs = _fixpoint(body, ins, consts, carried, inner)
     scanned = tuple(use.leaf for use in inner if own(use))
-    uses.update(dict.fromkeys(use for use in inner if not own(use)))
-    uses.update(dict.fromkeys((leaf, i, scanned, len(indices)) for i in indices for leaf in scanned))
+    for i in indices or [0]:
+        uses.update(dict.fromkeys((use.leaf, i, scanned, len(indices)) if own(use) else use for use in inner))
     return [leave(tag) for tag in outs]
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from jaxhess._checks import check_known
 from jaxhess._diagnosis import NotFiniteError, why_not_finite
@@ -404,7 +404,7 @@ def _automatic(x):
     """An array of a mesh with explicit axes, from which no row can be cut, as one whose axes the compiler handles."""
     if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and isinstance(x.sharding, NamedSharding):
         mesh = x.sharding.mesh
-        if not mesh.are_all_axes_auto:
+        if set(mesh.axis_types) != {AxisType.Auto}:
             return jax.device_put(x, NamedSharding(Mesh(mesh.devices, mesh.axis_names), x.sharding.spec))
     return x
 
