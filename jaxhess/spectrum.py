@@ -18,7 +18,7 @@ from jaxhess.batches import Batches
 from jaxhess.lanczos import dimension, lanczos, ritz, tree_norm
 from jaxhess.layers import Layer, chosen_layers, find_layers, layer_names
 from jaxhess.operators import _operator, linearize, prepare
-from jaxhess.structure import gram_eigenvalues, gram_rounding, gram_rows
+from jaxhess.structure import NoGramError, gram_eigenvalues, gram_rounding, gram_rows
 from jaxhess.trace import random_like
 
 PyTree = Any
@@ -347,7 +347,12 @@ def layer_spectra(
     if exact:
         # For "total" the sum over all layers is needed.
         summed = [layer for layer in every if "total" in exact or layer.name in exact]
-        values = gram_eigenvalues(loss, params, batch, summed, exact, max_bytes=max_bytes, progress=progress)
+        try:
+            values = gram_eigenvalues(loss, params, batch, summed, exact, max_bytes=max_bytes, progress=progress)
+        except NoGramError:
+            if method == "gram":
+                raise
+            values, exact = {}, set()
         for name in values:
             spec = Spectrum.from_eigenvalues(values[name], dims[name])
             error = np.full(len(spec.nodes), gram_rounding(params) * spec.lambda_max)

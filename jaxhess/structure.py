@@ -312,7 +312,7 @@ def _gram_matrices(loss, params, batch, layers, max_bytes, progress):
             "join them into one, or use method='lanczos'"
         )
     layers = tuple(layers)
-    params, batch = jax.tree.map(_automatic, (params, batch))
+    params, batch = _off_explicit_meshes(loss, params, batch)
     outputs = _outputs(loss, params, batch)
     if not bool(jnp.isfinite(outputs).all()):
         raise NotFiniteError(why_not_finite("ggn", loss, params, batch))
@@ -357,6 +357,25 @@ def _gram_matrices(loss, params, batch, layers, max_bytes, progress):
             why = why_not_finite("ggn", loss, params, batch)
             raise NotFiniteError(f"the products of the Jacobian's rows are not finite in layer {name!r}: {why}")
     return grams | {"total": sum(grams.values())}
+
+
+class NoGramError(ValueError):
+    """A net of which the rows of the Gram matrix cannot be taken."""
+
+
+def _off_explicit_meshes(loss, params, batch):
+    """Parameters and batch on meshes whose axes the compiler handles; NoGramError where the net needs other ones."""
+    moved = jax.tree.map(_automatic, (params, batch))
+    if any(x is not y for x, y in zip(jax.tree.leaves(moved), jax.tree.leaves((params, batch)), strict=True)):
+        try:
+            jax.eval_shape(partial(_predict, loss), *moved)
+        except Exception as error:  # whatever jax says of the wrong mesh
+            raise NoGramError(
+                f"rows of the Gram matrix are cut from arrays on a mesh with automatic axes, and the net, as with "
+                f"shard_map, takes its own with explicit ones only ({error}); use method='lanczos', or 'auto', which "
+                f"then is that, or make the mesh with axis_types=(jax.sharding.AxisType.Auto, ...)"
+            ) from error
+    return moved
 
 
 def _automatic(x):
