@@ -17,8 +17,13 @@ from jaxhess._noise import Run, noise
 from jaxhess.batches import Batches
 from jaxhess.lanczos import dimension, lanczos, ritz, ritz_run, tree_norm
 from jaxhess.layers import Layer, chosen_layers, find_layers, layer_names
+<<<<<<< HEAD
 from jaxhess.operators import _operator, as_partial, block, linearize, prepare
 from jaxhess.structure import gram_eigenvalues, gram_rows
+=======
+from jaxhess.operators import _operator, linearize, prepare
+from jaxhess.structure import NoGramError, gram_eigenvalues, gram_rounding, gram_rows
+>>>>>>> errors
 from jaxhess.trace import random_like
 
 PyTree = Any
@@ -407,7 +412,12 @@ def spectra_of_layers(
     if exact:
         # For "total" the sum over all layers is needed.
         summed = [layer for layer in every if "total" in exact or layer.name in exact]
-        values = gram_eigenvalues(loss, params, batch, summed, exact, max_bytes=max_bytes, progress=progress)
+        try:
+            values = gram_eigenvalues(loss, params, batch, summed, exact, max_bytes=max_bytes, progress=progress)
+        except NoGramError:
+            if method == "gram":
+                raise
+            values, exact = {}, set()
         for name in values:
             eigenvalues, rounding = values[name]
             spec = Spectrum.from_eigenvalues(eigenvalues, dims[name])

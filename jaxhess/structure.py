@@ -318,7 +318,7 @@ def _gram_matrices(loss, params, batch, layers, max_bytes, progress):
             "join them into one, or use method='lanczos'"
         )
     layers = tuple(layers)
-    params, batch = jax.tree.map(_automatic, (params, batch))
+    params, batch = _off_explicit_meshes(loss, params, batch)
     outputs = _outputs(loss, params, batch)
     if not bool(jnp.isfinite(outputs).all()):
         raise NotFiniteError(why_not_finite("ggn", loss, params, batch))
@@ -398,6 +398,25 @@ def _row_noise(loss, groups, of_examples, params, batch, examples):
 def _squares(rows, others):
     """For each layer the squared norms of the difference and of the rows."""
     return [jnp.sum((a - b) ** 2) for a, b in zip(rows, others, strict=True)], [jnp.sum(a**2) for a in rows]
+
+
+class NoGramError(ValueError):
+    """A net of which the rows of the Gram matrix cannot be taken."""
+
+
+def _off_explicit_meshes(loss, params, batch):
+    """Parameters and batch on meshes whose axes the compiler handles; NoGramError where the net needs other ones."""
+    moved = jax.tree.map(_automatic, (params, batch))
+    if any(x is not y for x, y in zip(jax.tree.leaves(moved), jax.tree.leaves((params, batch)), strict=True)):
+        try:
+            jax.eval_shape(partial(_predict, loss), *moved)
+        except Exception as error:  # whatever jax says of the wrong mesh
+            raise NoGramError(
+                f"rows of the Gram matrix are cut from arrays on a mesh with automatic axes, and the net, as with "
+                f"shard_map, takes its own with explicit ones only ({error}); use method='lanczos', or 'auto', which "
+                f"then is that, or make the mesh with axis_types=(jax.sharding.AxisType.Auto, ...)"
+            ) from error
+    return moved
 
 
 def _automatic(x):
