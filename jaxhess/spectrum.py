@@ -17,13 +17,8 @@ from jaxhess._noise import Run, noise
 from jaxhess.batches import Batches
 from jaxhess.lanczos import dimension, lanczos, ritz, ritz_run, tree_norm
 from jaxhess.layers import Layer, chosen_layers, find_layers, layer_names
-<<<<<<< HEAD
 from jaxhess.operators import _operator, as_partial, block, linearize, prepare
-from jaxhess.structure import gram_eigenvalues, gram_rows
-=======
-from jaxhess.operators import _operator, linearize, prepare
-from jaxhess.structure import NoGramError, gram_eigenvalues, gram_rounding, gram_rows
->>>>>>> errors
+from jaxhess.structure import NoGramError, gram_eigenvalues, gram_rows
 from jaxhess.trace import random_like
 
 PyTree = Any

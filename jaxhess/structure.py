@@ -409,7 +409,7 @@ def _off_explicit_meshes(loss, params, batch):
     moved = jax.tree.map(_automatic, (params, batch))
     if any(x is not y for x, y in zip(jax.tree.leaves(moved), jax.tree.leaves((params, batch)), strict=True)):
         try:
-            jax.eval_shape(partial(_predict, loss), *moved)
+            jax.eval_shape(partial(outputs_of, loss), *moved)
         except Exception as error:  # whatever jax says of the wrong mesh
             raise NoGramError(
                 f"rows of the Gram matrix are cut from arrays on a mesh with automatic axes, and the net, as with "
