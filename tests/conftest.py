@@ -3,6 +3,7 @@
 import os
 import pathlib
 
+import helpers
 import jax
 import pytest
 
@@ -26,6 +27,13 @@ def x64():
     """Double precision for one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def start():
+    """`helpers.processes` for one test."""
+    with helpers.processes() as popen:
+        yield popen
 
 
 @pytest.fixture(scope="session")
