@@ -35,9 +35,9 @@ RUN = $(BIN)/python -m experiments.run
 gpu: $(VENV)/experiments  ## with an NVIDIA GPU and JAXHESS_DATA_DIR: speed, figure 1, tables 1 and 4 at full size; resumes
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -c 'import jax; assert jax.default_backend() == "gpu", f"JAX sees no GPU, only {jax.devices()}"'
-	for model in lenet vgg11 resnet18; do $(RUN) bench model=$$model batch_size=256 out=results/gpu-bench-$$model || exit; done
+	for model in lenet vgg11 resnet18; do $(RUN) bench model=$$model batch_size=256 out=runs/gpu-bench-$$model || exit; done
 	$(RUN) whole model=resnet18 dataset=cifar10 epochs=30 images_at_once=1000
-	$(RUN) fig1 model=resnet18 dataset=cifar10 epochs=30 method=auto out=results/gpu-fig1-resnet18-cifar10
+	$(RUN) fig1 model=resnet18 dataset=cifar10 epochs=30 method=auto out=runs/gpu-fig1-resnet18-cifar10
 	for model in vgg11 resnet18; do \
 		$(RUN) table4 model=$$model dataset=cifar10 && $(RUN) table1 model=$$model dataset=cifar10 trials=5 || exit; done
 

@@ -13,7 +13,7 @@ import numpy as np
 import scipy.stats
 
 import jaxhess as jh
-from experiments import data, measure, models, plot, results
+from experiments import data, measure, models, names, plot, results
 from experiments.data import Dataset
 from experiments.train import (
     DivergedError,
@@ -122,8 +122,7 @@ class Config:
     num_steps: int = 64
 
     def __post_init__(self):
-        if self.preset not in SETTINGS:
-            raise ValueError(f"unknown preset {self.preset!r}; choose from {sorted(SETTINGS)}")
+        names.check("preset", self.preset, SETTINGS)
         if self.trials < 1:
             raise ValueError(f"trials must be at least 1, got {self.trials}")
         if self.epochs < 0:
@@ -161,8 +160,7 @@ def training(config: Config, arm: str, trial: int, **changes) -> TrainConfig:
     Returns:
       `TrainConfig`.
     """
-    if arm not in ARMS:
-        raise ValueError(f"unknown arm {arm!r}; choose from {list(ARMS)}")
+    names.check("arm", arm, ARMS)
     settings, released, penalty = row(config.model, config.dataset), config.preset == "released", None
     if arm in ("htr", "htr_middle", "htr_l2"):
         middle = arm == "htr_middle"

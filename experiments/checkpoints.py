@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from experiments import results
+from experiments import interrupts, results
 
 PyTree = Any
 
@@ -63,7 +63,8 @@ class Checkpoints:
         about = {"recipe": self._recipe, "records": records, "digest": _digest(host)}
         args = ocp.args.Composite(state=ocp.args.StandardSave(host), about=ocp.args.JsonSave(about))
         try:
-            self._manager.save(epoch, args=args, force=True)
+            with interrupts.WRITING:
+                self._manager.save(epoch, args=args, force=True)
         except (OSError, ValueError) as error:  # what writes the arrays says ValueError of a full disk
             raise results.unwritable(self.folder / str(epoch), error) from error
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pathlib
+import re
 from typing import TypeVar
 
 import numpy as np
 from tqdm import tqdm
+
+from experiments import names
 
 Array = TypeVar("Array")
 Split = dict[str, np.ndarray]
@@ -66,6 +70,24 @@ def load(name: str, data_dir: str | None = None, *, label: str = "label", progre
     if name == "digits":
         return _digits()
     return _tfds(name, data_dir or os.environ.get("JAXHESS_DATA_DIR") or None, label, progress)
+
+
+def check(name: str, data_dir: str | None = None) -> None:
+    """ValueError, with the name that was meant, if there is no data set of a name; whether it is prepared is not asked.
+
+    Args:
+      name: as for `load`; what stands behind a slash or a colon says which part or label of it.
+      data_dir: as for `load`; a set of one's own may be there.
+    """
+    base = re.split("[/:]", name)[0]
+    if base == "digits":
+        return
+    import tensorflow_datasets as tfds
+
+    where = pathlib.Path(data_dir or os.environ.get("JAXHESS_DATA_DIR") or tfds.core.constants.DATA_DIR)
+    if not (base and (where / base).is_dir()):
+        known = ["digits", *tfds.list_builders(with_community_datasets=False)]
+        names.check("data set", base, known, words="neither 'digits' nor known to tensorflow-datasets")
 
 
 def normalise(image: Array, mean: np.ndarray, std: np.ndarray) -> Array:
@@ -144,7 +166,8 @@ def _tfds(name, data_dir, label, progress):
         # download=False: without it a set that is absent is looked for on the network, for minutes.
         sources = tfds.data_source(name, data_dir=data_dir, download=False)
     except ValueError as error:  # of a name that it cannot make sense of, with a long list of those that it can
-        raise ValueError(f"unknown data set {name!r}: neither 'digits' nor known to tensorflow-datasets") from error
+        check(name, data_dir)
+        raise ValueError(f"unknown data set {name!r}: {error}") from error
     except (AssertionError, NotImplementedError):  # not prepared, or in a format that needs TensorFlow to be read
         sources = {}
     if not sources:

@@ -41,7 +41,12 @@ class Config(TrainConfig):
     examples: int = 0
     images_per_class: int = 10
     norm_layers: bool = False
-    method: str = "lanczos"
+    method: str = "auto"
+
+
+def load_all(config: OverTraining, data_dir: str | None) -> dict[str, Dataset]:
+    """All data sets of a configuration with several: what one of them lacks is said before anything is trained."""
+    return {name: load(config, name, data_dir) for name in config.dataset}
 
 
 def load(config: Config, name: str, data_dir: str | None) -> Dataset:
@@ -155,8 +160,7 @@ class OverTraining(Config):
 def run_over_training(config: OverTraining, out_dir: pathlib.Path, data_dir: str | None) -> None:
     """Trains (or finds) every net on every data set, measuring on the way, and saves all records."""
     numbers: dict[str, dict[str, list]] = {}
-    for dataset_name in config.dataset:
-        dataset = load(config, dataset_name, data_dir)
+    for dataset_name, dataset in load_all(config, data_dir).items():
         for name in config.model:
             found = numbers.setdefault(about(dataclasses.asdict(config), name, dataset_name), {})
             model = models.build(name, dataset.num_classes, **_options(config))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -229,4 +230,7 @@ def main(name: str, batch_size: str, num_steps: str) -> None:
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGPIPE):  # it ends with the benchmark, and leaves the words to that
+        if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGPIPE:
+            signal.signal(number, signal.SIG_DFL)
     main(*sys.argv[1:])

@@ -7,11 +7,14 @@ import io
 import json
 import os
 import pathlib
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+
+from experiments import interrupts
 
 
 @contextlib.contextmanager
@@ -23,16 +26,24 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """
     temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield temporary
-            with temporary.open("rb") as file:  # a full disk may be noticed here first
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with interrupts.WRITING:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                yield temporary
+                with temporary.open("rb") as file:  # a full disk may be noticed here first
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
     except OSError as error:
         raise unwritable(path, error) from error
+
+
+def remove_temporaries(folder: pathlib.Path) -> None:
+    """Removes the temporary files of `replacing` that killed processes left in a folder."""
+    for path in folder.iterdir():
+        if re.fullmatch(r"\..+-\d+\.(json|npz|png)", path.name):
+            path.unlink(missing_ok=True)
 
 
 def check_writable(folder: pathlib.Path) -> None:
@@ -55,8 +66,13 @@ def unwritable(path: pathlib.Path, error: Exception) -> ValueError:
 
 
 def find(path: pathlib.Path) -> pathlib.Path | None:
-    """``path``, or a file of this name in a folder beside its own; None if there is neither."""
-    candidates = (path, *sorted(path.parent.parent.glob(f"*/{path.name}")))
+    """``path``, or a file of this name in a folder beside its own; None if there is neither.
+
+    Beside ``runs/`` stands ``results/``, where nets were left before there was ``runs/``.
+    """
+    others = path.parent.parent
+    folders = (others, others.with_name("results")) if others.name == "runs" else (others,)
+    candidates = (path, *(found for folder in folders for found in sorted(folder.glob(f"*/{path.name}"))))
     return next((candidate for candidate in candidates if candidate.exists()), None)
 
 

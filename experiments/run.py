@@ -4,9 +4,11 @@
     python -m experiments.run fig1 --help                      describes one, with its keys
     python -m experiments.run fig1 model=lenet epochs=5        runs it
     python -m experiments.run fig1 model=lenet redraw=true     draws it again from the saved numbers
+    python -m experiments.run fig1 model=lenet keep=true       copies the result to results/, for the repository
 
 Further keys, for every experiment: ``data_dir`` (where data sets are), ``out`` (where results go, by default
-results/EXPERIMENT-MODEL-DATASET), ``redraw``, and ``debug`` (shows where an error came from).
+runs/EXPERIMENT-MODEL-DATASET), ``redraw``, ``keep``, ``overwrite`` (replaces a result that is there), and ``debug``
+(shows where an error came from).
 """
 
 from __future__ import annotations
@@ -14,20 +16,18 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-import pathlib
+import json
 import pkgutil
 import re
-import signal
 import sys
 import textwrap
 import typing
 from collections.abc import Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
-import jax
-
-from experiments import configs, results
+from experiments import configs, interrupts, names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,29 +35,34 @@ class Options:
     """What is no part of an experiment's configuration, and not kept with its results.
 
     Attributes:
-      out: folder of the results; by default named after the experiment.
+      out: folder of the results; by default in runs/, named after the experiment.
       data_dir: folder of the data sets; by default that of `experiments.data.load`.
-      redraw: draw from the saved numbers, compute nothing.
+      redraw: draw from the saved numbers, of results/ where there are no others; compute nothing.
+      keep: copy the result to results/ at the end: settings, numbers and figure, for the repository.
+      overwrite: replace a result in the folder; nets that were trained in the same way are taken again.
       debug: let errors through with their traceback.
     """
 
     out: str = ""
     data_dir: str = ""
     redraw: bool = False
+    keep: bool = False
+    overwrite: bool = False
     debug: bool = False
 
 
 def experiments() -> dict[str, str]:
     """The experiments, {name: one line about it}."""
-    names = sorted(module.name for module in pkgutil.iter_modules(configs.__path__))
-    return {name: inspect.getdoc(load(name)).splitlines()[0] for name in names}
+    return {name: inspect.getdoc(load(name)).splitlines()[0] for name in _names()}
+
+
+def _names():
+    return sorted(module.name for module in pkgutil.iter_modules(configs.__path__))
 
 
 def load(name: str) -> ModuleType:
     """The module of an experiment; ValueError that lists them if there is none of this name."""
-    names = sorted(module.name for module in pkgutil.iter_modules(configs.__path__))
-    if name not in names:
-        raise ValueError(f"unknown experiment {name!r}; choose from {names}")
+    names.check("experiment", name, _names())
     return importlib.import_module(f"{configs.__name__}.{name}")
 
 
@@ -82,7 +87,7 @@ def parse(words: Sequence[str], *kinds: type) -> tuple[Any, ...]:
             raise ValueError(f"expected key=value, got {word!r}")
         owners = [i for i, fields in enumerate(types) if key in fields]
         if not owners:
-            raise ValueError(f"unknown key {key!r}; choose from {sorted(set().union(*types))}")
+            names.check("key", key, set().union(*types))
         if key in values[owners[0]]:
             raise ValueError(f"key {key!r} is given twice")
         values[owners[0]][key] = _value(key, text, types[owners[0]][key])
@@ -110,16 +115,16 @@ def _value(key, text, kind):
 
 
 def main(words: Sequence[str]) -> int:
-    """Runs the command line; returns the exit status: 2 for what the user can mend, 128 + n after signal n."""
+    """Runs the command line; returns the exit status: 2 for what the user can mend, 130 after Ctrl-C."""
+    interrupts.say = interrupts.nothing_yet
     if not words or words[0] in ("-h", "--help"):
-        print(inspect.getdoc(sys.modules[__name__]) if words else "\n".join(_listing()))
-        return 0
+        return _guarded(lambda: print(inspect.getdoc(sys.modules[__name__]) if words else "\n".join(_listing())))
     if {"-h", "--help"} & set(words[1:]):
-        return _guarded(_describe, words[0], debug=False)
+        return _guarded(_describe, words[0])
     return _guarded(_run, words[0], words[1:], debug="debug=true" in words)
 
 
-def _guarded(function, *args, debug):
+def _guarded(function, *args, debug=False):
     try:
         function(*args)
     except ValueError as error:
@@ -127,28 +132,57 @@ def _guarded(function, *args, debug):
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as interrupt:
-        print("interrupted; the same command goes on from the last epoch that was kept", file=sys.stderr)
-        return 128 + (interrupt.args or (signal.SIGINT,))[0]
+    except KeyboardInterrupt:  # where another program calls `main`
+        print(interrupts.say(), file=sys.stderr)
+        return 130
     return 0
 
 
-def _interrupt(number, frame):
-    """A signal as what Ctrl-C raises, so that half-written files are removed."""
-    raise KeyboardInterrupt(number)
-
-
 def _run(name, words):
-    module = load(name)
+    module = load(name)  # here, not above: an interrupt while JAX is imported ends in one line too
+    from experiments import folders, results
+
     config, options = parse(words, module.Config, Options)
-    out_dir = pathlib.Path(options.out or pathlib.Path("results", _title(name, config)))
-    if not options.redraw:
-        results.check_writable(out_dir)
-        module.run(config, out_dir, options.data_dir or None)
-        made_with = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
-        results.save_json(out_dir / "config.json", {"experiment": name, **made_with, **dataclasses.asdict(config)})
-    module.draw(out_dir)
-    print(f"results in {out_dir}")
+    _check_names(config, options.data_dir or None)
+    folder = folders.place(options.out, _title(name, config), options.keep)
+    settings, defaults = ({"experiment": name} | _plain(values) for values in (config, module.Config()))
+    if options.keep and not options.redraw and not options.overwrite:
+        folders.check(folders.kept(folder), settings, defaults)
+    results.check_writable(folder)
+    with folders.locked(folder) as marker:
+        if not options.redraw:
+            call = partial(module.run, config, folder, options.data_dir or None)
+            folders.compute(call, folder, marker, settings, defaults, options.overwrite)
+        with folders.borrowed(folder):
+            module.draw(folder)
+            if options.keep:
+                folders.keep(folder, defaults, options.overwrite)
+    print(f"results in {folders.kept(folder) if options.keep else folder}")
+
+
+def _plain(config):
+    """The settings as JSON gives them back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _check_names(config, data_dir):
+    """Refuses unknown nets, data sets and ways of measuring, before anything is loaded or trained."""
+    from experiments import data, models
+
+    choices = {
+        "model": models.MODELS,
+        "method": ("lanczos", "auto"),
+        "curvature": ("hessian", "ggn"),
+        "curvatures": ("hessian", "ggn", "functional"),
+        "weighting": ("p", "legacy_sqrt_p"),
+    }
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        for word in value if isinstance(value, tuple) else (value,):
+            if field.name == "dataset":
+                data.check(word, data_dir)
+            elif field.name in choices:
+                names.check(field.name, word, choices[field.name])
 
 
 def _title(name, config):
@@ -193,5 +227,5 @@ def _attributes(kind):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _interrupt)
+    interrupts.install()
     sys.exit(main(sys.argv[1:]))

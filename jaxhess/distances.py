@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import scipy.stats
 
 from jaxhess.spectrum import Spectrum, broadening, is_point
 
 
-def wasserstein(a: Spectrum, b: Spectrum, *, normalize: bool = False) -> float:
+def wasserstein(a: Spectrum, b: Spectrum, *, normalize: bool = False, with_error: bool = False) -> Any:
     """Wasserstein-1 distance of two spectra, the area between their cumulative distributions.
 
     W1 = integral |F_a(t) - F_b(t)| dt, on the nodes and weights themselves: no grid, no broadening.
+
+    The weights of a Lanczos spectrum are what its random start vectors see: with one of them F(t) has the variance
+    2 F (1 - F) / (dim + 2). The standard error is the integral of its root, summed over both spectra: a bound, since
+    the errors at all t, and of both, are taken to add up. It is 0 for exact spectra.
 
     Args:
       a, b: `Spectrum`.
       normalize: divide by the width of the interval that holds both, so that 0 is equal and 1 is two points at its
         ends: free of units, comparable between nets.
+      with_error: return the standard error too.
 
     Returns:
-      The distance, in units of the eigenvalues unless normalised.
+      The distance, in units of the eigenvalues unless normalised; ``with_error`` the pair (distance, standard error).
 
     Raises:
       TypeError: for something that is no `Spectrum`.
@@ -29,14 +36,28 @@ def wasserstein(a: Spectrum, b: Spectrum, *, normalize: bool = False) -> float:
       >>> jh.wasserstein(jh.Spectrum([0.0], [1.0], 1), jh.Spectrum([2.0], [1.0], 1))
       2.0
 
-    Reference: Villani 2008; Figure 3 of the paper.
+    Reference: Villani 2008; Figure 3 of the paper; Chen, Trogdon and Ubaru 2021, Analysis of stochastic Lanczos
+    quadrature for spectrum approximation, section 4 (the variance).
     """
     _check(a, b)
     distance = float(scipy.stats.wasserstein_distance(a.nodes, b.nodes, a.weights, b.weights))
-    if not normalize:
-        return distance
-    width = max(a.lambda_max, b.lambda_max) - min(a.lambda_min, b.lambda_min)
-    return 0.0 if width == 0 or is_point([a, b]) else distance / width
+    error = _weight_error(a) + _weight_error(b)
+    if normalize:
+        width = max(a.lambda_max, b.lambda_max) - min(a.lambda_min, b.lambda_min)
+        unit = 0.0 if width == 0 or is_point([a, b]) else 1 / width
+        distance, error = distance * unit, error * unit
+    return (distance, error) if with_error else distance
+
+
+def _weight_error(spec):
+    """The standard error of the area under F(t) that comes from the start vectors."""
+    if not spec.num_draws:
+        return 0.0
+    # An eigenvalue that a start vector hardly sees is there all the same.
+    weights = np.maximum(spec.weights, 1 / (spec.dim * spec.num_draws))
+    below = np.cumsum(weights)[:-1]
+    variance = 2 * below * (weights.sum() - below) / ((spec.dim + 2) * spec.num_draws)
+    return float(np.sqrt(variance) @ np.diff(spec.nodes))
 
 
 def jensen_shannon(
@@ -148,8 +169,24 @@ def count_outliers(spec_or_values: Spectrum | np.ndarray, *, method: str = "gap"
     spec = spec_or_values
     if not isinstance(spec, Spectrum):
         spec = Spectrum.from_eigenvalues(spec)
+    return _count(spec, float(spec.weights @ np.abs(spec.nodes)), method)
+
+
+def outlier_range(spec: Spectrum) -> tuple[int, int]:
+    """The smallest and the largest of `count_outliers` within two standard errors of the mean that bounds them."""
+    mean = float(spec.weights @ np.abs(spec.nodes))
+    error = 0.0
+    if spec.num_draws:
+        error = float(np.sqrt(2 * spec.weights @ spec.nodes**2 / (spec.dim * spec.num_draws)))
+    bounds = (max(mean - 2 * error, 0.0), mean, mean + 2 * error)
+    counts = [_count(spec, bound, "gap") for bound in bounds]
+    return min(counts), max(counts)
+
+
+def _count(spec, bound, method):
+    """The number of outliers among the values above a bound."""
     values, residuals = spec.nodes[::-1], spec.residuals[::-1]
-    apart = (values > spec.weights @ np.abs(spec.nodes)) & (residuals < 0.05 * values)
+    apart = (values > bound) & (residuals < 0.05 * values)
     count = len(values) if apart.all() else int(np.argmin(apart))
     if count == 0 or len(values) < 2:
         return 0

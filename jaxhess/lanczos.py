@@ -5,7 +5,7 @@ The basis is a pytree of leaves stacked along a leading axis, (steps, *leaf.shap
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from typing import Any, NamedTuple
 
@@ -16,8 +16,11 @@ import optax
 import scipy.linalg
 from numpy.typing import ArrayLike
 
+from jaxhess._checks import at_least_float32, check_count, check_key, check_known, check_like, standard_promotion
+from jaxhess._diagnosis import NotFiniteError, why_product_not_finite
+from jaxhess._noise import Run, noise
 from jaxhess.operators import apply_stacked, as_partial, runs_on_host
-from jaxhess.trace import check_count, check_key, check_known, check_like, random_like, spread
+from jaxhess.trace import random_like, spread
 
 PyTree = Any
 
@@ -133,10 +136,12 @@ def lanczos(
     state = _begin(start, num_steps, bool(reorthogonalize))
     basis = _empty_basis(state.vector, num_steps, reorthogonalize) if reorthogonalize else None
     for done in range(1, num_steps + 1):
-        following = advance(state, basis, operator(state.vector), restart_key)
-        basis, state = write(basis, state.vector, state.step), following
+        vector = state.vector
+        following = advance(state, basis, operator(vector), restart_key)
+        basis, state = write(basis, vector, state.step), following
         if not np.isfinite(float(state.scale)):
-            raise ValueError(f"the product is not finite at Lanczos step {done}; look for overflow or NaN in the loss")
+            why = why_product_not_finite(operator, vector)
+            raise NotFiniteError(f"the product is not finite at Lanczos step {done}: {why}")
         if progress is not None:
             progress(done, num_steps)
         if not state.alive:
@@ -153,8 +158,8 @@ def ritz(alphas: ArrayLike, betas: ArrayLike) -> tuple[np.ndarray, np.ndarray, n
 
     The residual of A y - theta y is |beta_m s_m|, with s_m the last entry of the eigenvector: some eigenvalue of A
     lies within it of the Ritz value theta. To it are added 30 eps * max |theta| in the precision of
-    ``alphas``, for the rounding of the products; what an operator computes more coarsely than that, like a net in
-    bfloat16 with parameters in float32, is not seen. In float64, on the host.
+    ``alphas``, for the rounding of the products; what an operator computes more coarsely than that is for `noise` to
+    find. In float64, on the host.
 
     Args:
       alphas, betas: (m,) as in `Tridiagonal`.
@@ -202,11 +207,13 @@ def top_eigenpairs(
       progress: as for `lanczos`.
 
     Returns:
-      values (k,) descending; vectors, a pytree of (k, *leaf.shape) with orthonormal rows; residual norms (k,) of
-      A v - lambda v, computed with k further products: within each lies an eigenvalue.
+      values (k,) descending; vectors, a pytree of (k, *leaf.shape) with orthonormal rows; residuals (k,): within each
+      lies an eigenvalue. They are the norms of A v - lambda v, computed with k further products, and what a few more
+      tell of the rounding inside the operator.
 
     Raises:
-      ValueError: for an empty ``like``, k < 1, k beyond the dimension, or fewer steps than k.
+      ValueError: for an empty ``like``, k < 1, k beyond the dimension, fewer steps than k, or an operator that does not
+        repeat itself or is not symmetric.
       TypeError: under ``jit``, where `lanczos` runs in its place, or for a key that is none.
 
     Example:
@@ -230,10 +237,22 @@ def top_eigenpairs(
     start_key, restart_key = jax.random.split(key)
     start = random_like(start_key, like)
     found = lanczos(operator, start, steps, reorthogonalize=reorthogonalize, restart_key=restart_key, progress=progress)
-    values, vectors, _ = ritz(found.alphas, found.betas)
+    values, coefficients, _ = ritz(found.alphas, found.betas)
     top = np.argsort(values)[::-1][:k]
-    vectors = _combine(found.basis, vectors[:, top])
-    return values[top], vectors, np.asarray(_residuals(apply_stacked(operator, vectors), vectors, values[top]))
+    vectors = combine(found.basis, coefficients[:, top])
+    operator = as_partial(operator)
+    ends = ritz_run(found, vectors_of=[top[0], top[-1]])
+    added = noise(operator, lambda product, _: product, {"": ends}, like, jax.random.fold_in(restart_key, 1))[""]
+    residuals = np.asarray(_residuals(apply_stacked(operator, vectors), vectors, values[top]))
+    return values[top], vectors, residuals + added
+
+
+def ritz_run(found: Tridiagonal, vectors_of: Sequence[int] | None = None) -> Run:
+    """The Ritz pairs of these numbers, by default the two extreme ones, with what the recurrence claims of them."""
+    values, coefficients, _ = ritz(found.alphas, found.betas)
+    some = sorted({0, len(values) - 1} if vectors_of is None else set(vectors_of))
+    claimed = np.abs(np.float64(found.betas[-1]) * coefficients[-1, some])
+    return Run(values[some], combine(found.basis, coefficients[:, some]), claimed)
 
 
 def dimension(tree: PyTree) -> int:
@@ -242,6 +261,7 @@ def dimension(tree: PyTree) -> int:
 
 
 @jax.jit
+@standard_promotion
 def tree_norm(tree: PyTree) -> jax.Array:
     """The Euclidean norm, by no square that is out of range: float32 has none of numbers below 1e-19."""
     largest = reduce(jnp.maximum, [jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(tree)])
@@ -252,18 +272,25 @@ def tree_norm(tree: PyTree) -> jax.Array:
     return unit * optax.tree.norm(jax.tree.map(lambda x: x / unit.astype(jnp.result_type(x)), tree))
 
 
-def _combine(basis, coefficients):
-    """Combinations of the rows of a basis, (k, ...), where the basis is."""
+def combine(basis: PyTree, coefficients: np.ndarray) -> PyTree:
+    """Combinations of the rows of a basis, (k, ...), with coefficients (m, k), where the basis is."""
 
-    def combine(rows):
-        xp = np if isinstance(rows, np.ndarray) else jnp
+    def one(rows):
+        # On a CPU numpy reads JAX's memory, and nothing is compiled for each shape.
+        here = isinstance(rows, np.ndarray) or (rows.is_fully_addressable and not spread(rows) and _on_cpu(rows))
+        xp = np if here else jnp
         with jax.default_matmul_precision("float32"):
-            return xp.tensordot(coefficients.T.astype(rows.dtype), rows, 1)
+            return xp.tensordot(coefficients.T.astype(rows.dtype), xp.asarray(rows), 1)
 
-    return jax.tree.map(combine, basis)
+    return jax.tree.map(one, basis)
+
+
+def _on_cpu(x):
+    return all(device.platform == "cpu" for device in x.devices())
 
 
 @jax.jit
+@standard_promotion
 def _residuals(products, vectors, values):
     rests = jax.tree.map(
         lambda a, v: a - v * values.astype(v.dtype).reshape(-1, *[1] * (v.ndim - 1)), products, vectors
@@ -275,9 +302,10 @@ def _residuals(products, vectors, values):
 
 
 @partial(jax.jit, static_argnums=(1, 2))
+@standard_promotion
 def _begin(start, num_steps, keep_basis):
-    start = jax.tree.map(lambda x: jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32)), start)
-    dtype = jnp.result_type(*jax.tree.leaves(start))
+    start = jax.tree.map(lambda x: jnp.asarray(x, at_least_float32(x)), start)
+    dtype = at_least_float32(*jax.tree.leaves(start))
     return _State(
         step=jnp.array(0),
         alphas=jnp.zeros(num_steps, dtype),
@@ -285,7 +313,7 @@ def _begin(start, num_steps, keep_basis):
         scale=jnp.zeros((), dtype),
         alive=jnp.array(True),
         num_valid=jnp.array(0),
-        vector=optax.tree.scale(1 / tree_norm(start), start),
+        vector=_as(optax.tree.scale(1 / tree_norm(start), start), start),
         previous=None if keep_basis else optax.tree.zeros_like(start),
     )
 
@@ -298,13 +326,15 @@ def _empty_basis(vector, num_steps, where):
             return np.zeros((num_steps, *x.shape), x.dtype)
         sharding = spread(x)
         if sharding is not None:
-            sharding = sharding.update(spec=jax.sharding.PartitionSpec(None, *sharding.spec))
+            spec = jax.sharding.PartitionSpec(None, *sharding.spec)
+            sharding = jax.sharding.NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
         return jnp.zeros((num_steps, *x.shape), x.dtype, device=sharding)
 
     return jax.tree.map(zeros, vector)
 
 
 @jax.jit
+@standard_promotion
 def _advance(state, basis, product, restart_key):
     """One step, given the product of the operator with the state's vector, which is not yet a row of the basis."""
     vector = state.vector
@@ -335,7 +365,7 @@ def _follow(state, product, rest, has_basis):
         betas=state.betas.at[state.step].set(beta),
         scale=scale,
         alive=state.alive & ~exhausted,
-        num_valid=state.num_valid + state.alive,
+        num_valid=state.num_valid + state.alive.astype(int),
         vector=_as(optax.tree.scale(jnp.where(exhausted, 0, 1 / jnp.where(exhausted, 1, beta)), rest), state.vector),
         previous=None if has_basis else state.vector,
     )
@@ -380,6 +410,7 @@ def _fresh(basis, last, key):
     return optax.tree.scale(jnp.where(ok, 1 / jnp.where(ok, norm, 1), 0), vector)
 
 
+@standard_promotion
 def _advance_on_host(state, basis, product, restart_key):
     """`_advance` with a basis in numpy."""
     vector, rest = (jax.tree.map(np.asarray, tree) for tree in (state.vector, product))

@@ -7,8 +7,10 @@ holds many) is written with its index, "blocks[3]/attn".
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ import jax.numpy as jnp
 from jax import tree_util
 from jax.extend.core import Literal
 
+from jaxhess._checks import check_arrays, hints
 from jaxhess.batches import first_batch
 
 PyTree = Any
@@ -86,7 +89,9 @@ def layer_names(params: PyTree, loss: Callable | None = None, batch: PyTree = No
         return natural
     if loss is None:
         raise ValueError("network order needs the loss too: layer_names(params, loss, batch)")
-    found = _first_uses(loss, params, first_batch(batch))
+    batch = first_batch(batch)
+    check_arrays(batch)
+    found = _first_uses(loss, params, batch)
     used = {name: module for name, module in found.items() if module in modules}
     return list(used) + [name for name in natural if name not in used.values()]
 
@@ -160,13 +165,22 @@ def find_layer(params: PyTree, name: str) -> Layer:
 def find_layers(params: PyTree, names: Sequence[str]) -> tuple[Layer, ...]:
     """The `Layer` of each name. The name "total" is kept for the whole net."""
     if isinstance(names, str):
-        raise TypeError(f"layers are given by a list of names, got the string {names!r}; write [{names!r}]")
+        raise TypeError(
+            f"layers are given by a list of names, 'all' or 'middle', got the string {names!r}; write [{names!r}]"
+        )
     if "total" in names:
         raise ValueError(
             "'total' is the name of the whole net's result, which is always there, and no layer; leave it out of the "
             "names, and rename a module that is called so"
         )
     return tuple(find_layer(params, name) for name in names)
+
+
+def chosen_layers(names: Sequence[str], layers: str | Sequence[str] | None) -> Sequence[str]:
+    """Those of the names, in network order, that are asked for: all of them, the middle ones, or these."""
+    if layers is None or layers == "all":
+        return names
+    return middle_layers(names) if layers == "middle" else layers
 
 
 def _natural(name):
@@ -200,10 +214,14 @@ def _modules(params):
 
 def _subtree(params, owner, leaves) -> tuple[tuple[int, ...], Any]:
     """The leaves and the structure of a module's subtree: the node itself, or a dict where it has submodules too."""
-    nodes = tree_util.tree_flatten_with_path(
-        params, is_leaf=lambda path, _: tuple(path) == owner, is_leaf_takes_path=True
-    )[0]
-    treedef: Any = tree_util.tree_structure(next(node for path, node in nodes if tuple(path) == owner))
+    treedef: Any = tree_util.tree_structure(params)
+    first = leaves[0]  # among the leaves of the node that is reached
+    for _ in owner:
+        for child in treedef.children():
+            if first < child.num_leaves:
+                break
+            first -= child.num_leaves
+        treedef = child
     if treedef.num_leaves == len(leaves):
         return leaves, treedef
     paths = [path for path, _ in tree_util.tree_leaves_with_path(params)]
@@ -222,7 +240,10 @@ class _Tag(NamedTuple):
 
 
 class _Scanned(NamedTuple):
+    """A slice of a leaf, in the body of a scan over it."""
+
     leaf: int
+    scan: object
 
 
 class _Made(NamedTuple):
@@ -238,9 +259,14 @@ _KEEPING = frozenset(
 )
 
 
+def _leaf(use):
+    return use if isinstance(use, int) else use[0]
+
+
 def _first_uses(loss, params, batch):
     """{name: name of its module} in order of first use; the two differ for slices of scanned layers."""
-    closed = jax.make_jaxpr(loss)(params, batch)
+    with hints(params, batch):
+        closed = jax.make_jaxpr(loss)(params, batch)
     leaves = tree_util.tree_leaves_with_path(params)
     count = len(leaves)
     tags = [_Tag(frozenset([i])) if i < count else _Tag(data=True) for i in range(len(closed.jaxpr.invars))]
@@ -291,25 +317,56 @@ def _walk(jaxpr, tags, uses):
             if eqn.primitive.name not in _KEEPING:
                 params = frozenset(_Made(use) if isinstance(use, int) else use for use in params)
             if data:
-                uses.update(dict.fromkeys(sorted(params, key=str)))
+                uses.update(dict.fromkeys(sorted(params, key=_leaf)))
             outs = [_Tag(frozenset(), True) if data else _Tag(params)] * len(eqn.outvars)
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(var) for var in jaxpr.outvars]
 
 
 def _inner(eqn, ins, uses):
-    """The tags of the outputs of an operation that holds jaxprs of its own, or None."""
-    if eqn.primitive.name == "scan":
-        return _walk_scan(eqn, ins, uses)
-    if eqn.primitive.name == "while":
-        body, skip = eqn.params["body_jaxpr"].jaxpr, eqn.params["cond_nconsts"]
-        return _fixpoint(body, ins[skip:], eqn.params["body_nconsts"], len(eqn.outvars), uses)
-    if eqn.primitive.name == "cond":
-        branches = [_walk(branch.jaxpr, ins[1:], uses) for branch in eqn.params["branches"]]
-        return [_merge(*tags) for tags in zip(*branches, strict=True)]
-    inner = [getattr(p, "jaxpr", p) for p in eqn.params.values() if hasattr(p, "eqns") or hasattr(p, "jaxpr")]
-    if len(inner) == 1 and len(inner[0].invars) == len(ins) and len(inner[0].outvars) == len(eqn.outvars):
-        return _walk(inner[0], ins, uses)
+    """The tags of the outputs of an operation that holds jaxprs of its own, or None.
+
+    Shapes tell what a jaxpr is for. The parameters that say so have other names in other versions of JAX.
+    """
+    name, jaxprs = eqn.primitive.name, _opened(eqn.params.values())
+    if name == "scan" and (scan := _read_scan(eqn, jaxprs)):
+        return _walk_scan(*scan, ins, uses)
+    if name == "while" and (loop := _read_while(eqn, jaxprs)):
+        return _walk_while(*loop, ins, uses)
+    if name == "cond" and (branches := _read_cond(eqn)):
+        return [_merge(*tags) for tags in zip(*(_walk(branch, ins[1:], uses) for branch in branches), strict=True)]
+    if name in ("scan", "while", "cond"):
+        warnings.warn(
+            f"jaxhess cannot read the {name!r} of JAX {jax.__version__}: the layers used in it come in the order of the "
+            f"parameters' leaves, and arrays that hold many layers are not split. The numbers are right all the same. "
+            f"Write layers= for another order, and please report this",
+            stacklevel=2,
+        )
+    elif len(jaxprs) == 1 and _fits(jaxprs[0], ins, eqn.outvars):  # jit, checkpoint, custom_jvp, custom_vjp, shard_map
+        return _walk(jaxprs[0], ins, uses)
+    return None
+
+
+def _opened(values):
+    """The jaxprs among values, without their constants."""
+    return [jaxpr for value in values if hasattr(jaxpr := getattr(value, "jaxpr", value), "eqns")]
+
+
+def _fits(jaxpr, ins, outs):
+    return len(jaxpr.invars) == len(ins) and len(jaxpr.outvars) == len(outs)
+
+
+def _kinds(variables):
+    """[(shape, type)] of variables."""
+    return [(jnp.shape(var.aval), getattr(var.aval, "dtype", None)) for var in variables]
+
+
+def _read_cond(eqn):
+    """The jaxprs of a cond's branches, or None. The first input says which; the others go into each."""
+    for value in eqn.params.values():
+        branches = _opened(value) if isinstance(value, tuple | list) else []
+        if branches and len(branches) == len(value) and all(_fits(b, eqn.invars[1:], eqn.outvars) for b in branches):
+            return branches
     return None
 
 
@@ -321,24 +378,78 @@ def _fixpoint(body, ins, consts, carried, uses):
     return outs
 
 
-def _walk_scan(eqn, ins, uses):
-    consts, carried, length = eqn.params["num_consts"], eqn.params["num_carry"], eqn.params["length"]
+def _read_while(eqn, jaxprs):
+    """(test, body, number of the test's constants, of the body's) of a while loop, or None.
+
+    The inputs are the test's constants, the body's, and what is carried: test and body take it, the body returns it.
+    """
+    carried = len(eqn.outvars)
+    for test, body in itertools.permutations(jaxprs) if len(jaxprs) == 2 else ():
+        skip, consts = len(test.invars) - carried, len(body.invars) - carried
+        inside = _kinds([*test.invars, *body.invars, *body.outvars])
+        outside = _kinds([*eqn.invars[:skip], *eqn.invars[skip + consts :], *eqn.invars[skip:], *eqn.outvars])
+        if min(skip, consts) >= 0 and skip + consts + carried == len(eqn.invars) and inside == outside:
+            return test, body, skip, consts
+    return None
+
+
+def _walk_while(test, body, skip, consts, ins, uses):
+    _walk(test, ins[:skip] + ins[skip + consts :], uses)
+    return _fixpoint(body, ins[skip:], consts, len(ins) - skip - consts, uses)
+
+
+def _read_scan(eqn, jaxprs):
+    """(body, number of constants, number of what is carried, indices in the order of time) of a scan, or None.
+
+    The inputs are constants, what is carried, and what is scanned; the outputs are what is carried and what is stacked.
+    Scanned and stacked arrays, and they alone, have an axis that the body does not see.
+    """
+    if len(jaxprs) != 1 or not _fits(jaxprs[0], eqn.invars, eqn.outvars) or "reverse" not in eqn.params:
+        return None
+    (body,) = jaxprs
+    ins, outs = _leading(eqn.invars, body.invars), _leading(eqn.outvars, body.outvars)
+    carried = outs.count(())
+    consts = ins.count(()) - carried
+    lengths = {*ins, *outs} - {()}
+    if (
+        consts < 0
+        or () in [*ins[consts + carried :], *outs[carried:]]
+        or len(lengths) > 1
+        or any(axes is None or len(axes) != 1 for axes in lengths)
+        or _kinds(body.invars[consts : consts + carried]) != _kinds(body.outvars[:carried])
+    ):
+        return None
+    indices = range(lengths.pop()[0] if lengths else 0)
+    return body, consts, carried, indices[::-1] if eqn.params["reverse"] else indices
+
+
+def _leading(outer, inner):
+    """The axes that each outer variable has in front of those of the inner one, or None where the others differ."""
+    shapes = [(jnp.shape(a.aval), jnp.shape(b.aval)) for a, b in zip(outer, inner, strict=True)]
+    return [a[: len(a) - len(b)] if a[max(0, len(a) - len(b)) :] == b else None for a, b in shapes]
+
+
+def _walk_scan(body, consts, carried, indices, ins, uses):
+    here = object()  # slices of a scan around this one are not this one's
 
     def enter(tag):
-        scanned = {_Scanned(use) if isinstance(use, int) else use for use in tag.params}
-        return tag._replace(params=frozenset(scanned))
+        return tag._replace(
+            params=frozenset(_Scanned(use, here) if isinstance(use, int) else use for use in tag.params)
+        )
 
-    ins = [enter(tag) if i >= consts + carried else tag for i, tag in enumerate(ins)]
+    def leave(tag):
+        return tag._replace(params=frozenset(_Made(use.leaf) if own(use) else use for use in tag.params))
+
+    def own(use):
+        return isinstance(use, _Scanned) and use.scan is here
+
     inner: dict = {}
-    outs = _fixpoint(eqn.params["jaxpr"].jaxpr, ins, consts, carried, inner)
-    scanned = tuple(use.leaf for use in inner if isinstance(use, _Scanned))
-    uses.update(dict.fromkeys(use for use in inner if not isinstance(use, _Scanned)))
-    slices = reversed(range(length)) if eqn.params["reverse"] else range(length)
-    uses.update(dict.fromkeys((leaf, i, scanned, length) for i in slices for leaf in scanned))
-    return [
-        tag._replace(params=frozenset(_Made(use.leaf) if isinstance(use, _Scanned) else use for use in tag.params))
-        for tag in outs
-    ]
+    ins = [enter(tag) if i >= consts + carried else tag for i, tag in enumerate(ins)]
+    outs = _fixpoint(body, ins, consts, carried, inner)
+    scanned = tuple(use.leaf for use in inner if own(use))
+    uses.update(dict.fromkeys(use for use in inner if not own(use)))
+    uses.update(dict.fromkeys((leaf, i, scanned, len(indices)) for i in indices for leaf in scanned))
+    return [leave(tag) for tag in outs]
 
 
 def _merge(*tags):

@@ -7,6 +7,7 @@ Each public function returns a `jax.tree_util.Partial` over parameters and batch
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,10 +15,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.custom_derivatives import SymbolicZero
+from jax.experimental import multihost_utils
 from jax.tree_util import Partial
 
+from jaxhess._checks import at_least_float32, check_batch, check_parameters, hints
+from jaxhess._programs import check_forward_mode, ends_in_softmax, equations, program
 from jaxhess.batches import Batches, first_batch, leading_axis
-from jaxhess.layers import find_layer
+from jaxhess.layers import Layer, find_layer
 from jaxhess.objective import CrossEntropy, Objective, output_hessian_product
 
 PyTree = Any
@@ -150,18 +156,62 @@ def linearize(operator: Operator, *, like: PyTree) -> Operator:
     if runs_on_host(operator):
         return operator
     # In the precision of the products, which is that of the vectors that samplers draw.
-    like = jax.tree.map(lambda x: jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32)), like)
-    return Partial(_apply_linear, _linearize(as_partial(operator), like), like)
+    like = jax.tree.map(lambda x: jnp.asarray(x, at_least_float32(x)), like)
+    operator = as_partial(operator)
+    return Partial(_Linear(), _linearize(operator, like), like, operator)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Linear:
+    """A product of which everything that does not depend on v was computed before."""
+
+    def __call__(self, linear, like, origin, v):
+        del origin  # kept for `perturbed` and `source`
+        return _apply_linear(linear, like, v)
+
+    def perturbed(self, key, size, linear, like, origin):
+        del linear
+        return linearize(perturbed(origin, key, size), like=like)
 
 
 @jax.jit
 def _linearize(operator, like):
-    return jax.linearize(operator, jax.tree.map(jnp.zeros_like, like))[1]
+    def product(v):
+        entry = jnp.sum(jnp.ravel(jax.tree.leaves(v)[0])[:1])
+        return jax.tree.map(lambda x: _with_tangent(x, entry), operator(v))
+
+    return jax.linearize(product, jax.tree.map(jnp.zeros_like, like))[1]
+
+
+@jax.custom_jvp
+def _with_tangent(x, entry):
+    """``x``, whose tangent is an array also where it is zero.
+
+    In JAX 0.6 and 0.7, what `jax.linearize` returns keeps zeros that it made under ``jit``, and cannot leave it. Zeros
+    made of a tangent are none of them; ``entry`` is any number that depends on v.
+    """
+    return x
+
+
+@partial(_with_tangent.defjvp, symbolic_zeros=True)
+def _(primals, tangents):
+    x, (tangent, of_entry) = primals[0], tangents
+    if isinstance(tangent, SymbolicZero):
+        tangent = jnp.full(x.shape, jnp.where(False, of_entry, 0), x.dtype)
+    return x, tangent
 
 
 @jax.jit
 def _apply_linear(linear, like, v):
     return linear(_match(v, like))
+
+
+def source(operator: Operator) -> Partial:
+    """What was linearised, or what a block is of, or the operator itself."""
+    made = as_partial(operator)
+    if isinstance(made.func, _Block):
+        return source(made.args[0])
+    return made.args[2] if isinstance(made.func, _Linear) else made
 
 
 def as_partial(operator: Operator) -> Partial:
@@ -172,6 +222,57 @@ def as_partial(operator: Operator) -> Partial:
 def runs_on_host(operator: Operator) -> bool:
     """True for products over `Batches`, which loop on the host."""
     return isinstance(getattr(operator, "func", None), _OverBatches)
+
+
+def perturbed(operator: Partial, key: jax.Array, size: float) -> Partial | None:
+    """The operator at parameters that are moved by a relative ``size``; None for a function whose inside is unknown."""
+    move = getattr(operator.func, "perturbed", None)
+    return None if move is None else move(key, size, *operator.args)
+
+
+@jax.jit
+def jitter(key: jax.Array, tree: PyTree, size: float) -> PyTree:
+    """A tree with every number moved by a relative ``size``, up or down."""
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = jax.random.split(key, len(leaves))
+    signs = [jax.random.rademacher(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(
+        treedef, [x * (1 + jnp.asarray(size, x.dtype) * s) for x, s in zip(leaves, signs, strict=True)]
+    )
+
+
+def coarsest_eps(operator: Partial, like: PyTree) -> float:
+    """The rounding of the coarsest floating-point type that an operator rounds to on the way, by its program.
+
+    That of ``like`` where it is the coarsest, or where JAX cannot trace the operator.
+    """
+    if isinstance(operator.func, _Block):
+        return coarsest_eps(*operator.args)
+    if isinstance(operator.func, _OverBatches):
+        operator = Partial(operator.func.product, *operator.args, first_batch(operator.func.batches))
+    own = max(float(jnp.finfo(jnp.result_type(x)).eps) for x in jax.tree.leaves(like))
+    try:
+        return max(own, rounding_of(_call, operator, like))
+    except Exception:  # a function of the host may raise anything when it is traced
+        return own
+
+
+def _call(operator, v):
+    return operator(v)
+
+
+def rounding_of(function: Callable, *args: PyTree) -> float:
+    """The rounding of the coarsest floating-point type that a program converts finer numbers to; 0 if it does not."""
+    return max((float(jnp.finfo(dtype).eps) for dtype in _roundings(program(function, *args))), default=0.0)
+
+
+def _roundings(jaxpr):
+    """The types that floating-point numbers of a finer one are converted to."""
+    for eqn, _ in equations(jaxpr):
+        if eqn.primitive.name == "convert_element_type":
+            old, new = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
+            if all(jnp.issubdtype(x, jnp.floating) for x in (old, new)) and jnp.finfo(new).eps > jnp.finfo(old).eps:
+                yield new
 
 
 def apply_stacked(operator: Operator, vectors: PyTree) -> PyTree:
@@ -240,6 +341,37 @@ class _Product:
     def __call__(self, params, batch, v):
         return _apply(self, params, batch, v)
 
+    def perturbed(self, key, size, params, batch):
+        return Partial(self, jitter(key, params, size), batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """The diagonal block of a layer by the product of the whole net: only the ends are compiled."""
+
+    layer: Layer
+
+    def __call__(self, product, params, part):
+        return _take(self.layer, product(_put(self.layer, params, part)))
+
+    def perturbed(self, key, size, product, params):
+        return Partial(self, perturbed(product, key, size), params)
+
+
+def block(product: Partial, layer: Layer, params: PyTree) -> Partial:
+    """The diagonal block of a layer from the product of the whole net."""
+    return Partial(_Block(layer), product, params)
+
+
+@partial(jax.jit, static_argnums=0)
+def _put(layer, like, part):
+    return layer.put(optax.tree.zeros_like(like), part)
+
+
+@partial(jax.jit, static_argnums=0)
+def _take(layer, tree):
+    return layer.take(tree)
+
 
 @partial(jax.jit, static_argnums=0)
 def _apply(product, params, batch, v):
@@ -296,6 +428,9 @@ class _OverBatches:
             check_batches(self.product.loss, params, self.batches)
         return mean
 
+    def perturbed(self, key, size, params):
+        return Partial(self, jitter(key, params, size))
+
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _accumulate(product, stacked, params, batch, v, mean, share):
@@ -308,19 +443,27 @@ def _accumulate(product, stacked, params, batch, v, mean, share):
 
 
 def _operator(kind, loss, params, batch, layer, has_aux):
-    loss, params = prepare(kind, loss, params, batch, has_aux)
-    if layer is not None:
-        find_layer(params, layer)  # an unknown name fails here, not at the first product
+    loss, params = prepare(kind, loss, params, batch, has_aux, products=True, layer=layer)
     product = _Product(kind, loss, layer)
     if isinstance(batch, Batches):
         return Partial(_OverBatches(product, batch), params)
     return Partial(product, params, batch)
 
 
-def prepare(kind: str, loss: Any, params: PyTree, batch: PyTree, has_aux: bool = False) -> tuple[Any, PyTree]:
+def prepare(
+    kind: str,
+    loss: Any,
+    params: PyTree,
+    batch: PyTree,
+    has_aux: bool = False,
+    *,
+    products: bool = False,
+    layer: str | None = None,
+) -> tuple[Any, PyTree]:
     """Checks a loss, its parameters and its batch; returns the loss without aux, and the parameters to differentiate.
 
-    Values (NaN, labels) are checked where they are concrete; under ``jit`` a NaN is carried through.
+    Values (NaN, labels) are checked where they are concrete; under ``jit`` a NaN is carried through. For those who take
+    ``products``, of the whole net or one layer, it is checked that they can be taken.
     """
     if kind not in _PRODUCTS:
         raise ValueError(f"unknown curvature {kind!r}; choose from {sorted(_PRODUCTS)}")
@@ -342,20 +485,77 @@ def prepare(kind: str, loss: Any, params: PyTree, batch: PyTree, has_aux: bool =
         loss = Objective(_First(loss.predict), loss.criterion) if isinstance(loss, Objective) else _First(loss)
     params = _differentiable(params)
     criterion = loss.criterion if isinstance(loss, Objective) else None
-    weighted = isinstance(criterion, CrossEntropy) and criterion.weights is not None
-    if weighted and isinstance(batch, Batches) and batch.size is leading_axis:
+    if getattr(criterion, "weighted", False) and isinstance(batch, Batches) and batch.size is leading_axis:
         raise ValueError(
             "a criterion with weights is a mean by their sums, which Batches cannot know; say them with "
             "Batches(batches, size=lambda batch: ...), the sum of the weights of a batch"
         )
-    batch = first_batch(batch)
-    _check_batch(batch)
+    batches, batch = batch, first_batch(batch)
+    check_batch(batch)
+    if isinstance(batches, Batches):
+        batches.look_ahead()
     _check_values(loss, params, batch)
-    value = jax.eval_shape(jax.jit(loss), params, batch)
+    with hints(params, batch):
+        value = jax.eval_shape(jax.jit(loss), params, batch)
     if not (hasattr(value, "shape") and value.shape == () and jnp.issubdtype(value.dtype, jnp.floating)):
         hint = "; for (value, aux) say has_aux=True" if isinstance(value, tuple) else "; take the mean over examples"
         raise TypeError(f"the loss must return a floating-point scalar, got {value}{hint}")
+    if isinstance(batches, Batches) and batches.check:
+        _check_mean(loss, params, batches)
+    if products:
+        v = params if layer is None else find_layer(params, layer).take(params)
+        check_forward_mode(loss, (params, batch), _Product(kind, loss, layer), (params, batch, v))
     return loss, params
+
+
+def _check_mean(loss, params, batches):
+    """ValueError for a loss over several batches that is no mean over independent examples, tried on a few of them."""
+    some = list(itertools.islice(batches, 2))
+    # Of a random key the halves would make other random numbers than the whole.
+    if len(some) < 2 or any(isinstance(x, jax.core.Tracer) or _is_key(x) for x in jax.tree.leaves((params, some[0]))):
+        return
+    try:
+        count = _examples(loss, params, some[0]) // 2 * 2
+        whole, *halves = [_rows(some[0], *ends) for ends in ((0, count), (0, count // 2), (count // 2, count))]
+        sizes = [float(batches.size(half)) for half in halves]
+        values = [float(_value(loss, params, part)) for part in (whole, *halves)]
+        rounding = rounding_of(loss, params, whole)
+    except Exception:  # of a batch that cannot be cut the user's code may raise anything
+        return
+    mean = float(np.average(values[1:], weights=sizes)) if sum(sizes) else np.nan
+    if abs(values[0] - mean) > max(1e-3, 20 * rounding) * np.max(np.abs(values)):
+        raise ValueError(
+            f"over Batches a loss must be a mean over independent examples, and this one is {values[0]:.5g} on {count} "
+            f"examples where the mean over their halves is {mean:.5g}. Divide a sum by the number of examples; give "
+            f"one batch to a loss that couples examples (batch norm in training mode, a contrastive loss); where "
+            f"examples have weights, size= must be the sum of the weights. Batches(..., check=False) takes the mean "
+            f"over batches as it is"
+        )
+
+
+@partial(jax.jit, static_argnums=0)
+def _value(loss, params, batch):
+    with jax.default_matmul_precision("float32"):
+        return loss(params, batch)
+
+
+def _examples(loss, params, batch):
+    """How many examples to try: eight, or as many as there are."""
+    if isinstance(loss, Objective):
+        return min(8, len(jax.eval_shape(loss.predict, params, batch)))
+    return min(8, leading_axis(batch))
+
+
+def _rows(batch, start, stop):
+    """Examples of a batch: of arrays with its most common leading axis."""
+    lengths = [np.shape(x)[0] for x in jax.tree.leaves(batch) if np.ndim(x)]
+    count = max(set(lengths), key=lengths.count)
+    return jax.tree.map(lambda x: x[start:stop] if np.shape(x)[:1] == (count,) else x, batch)
+
+
+def _is_key(x):
+    raw = np.shape(x) in ((2,), (4,)) and jnp.result_type(x) == jnp.uint32
+    return raw or jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
 
 
 def check_batches(loss: Any, params: PyTree, batches: Batches) -> None:
@@ -367,11 +567,24 @@ def check_batches(loss: Any, params: PyTree, batches: Batches) -> None:
 def _check_values(loss, params, batch):
     """What an objective's halves say of a batch: shapes, and labels where their values are known."""
     if isinstance(loss, Objective):
-        outputs = jax.eval_shape(jax.jit(loss.predict), params, batch)  # under jit the trace is kept for the next time
+        with hints(params, batch):
+            # Under jit the trace is kept for the next time.
+            outputs = jax.eval_shape(jax.jit(loss.predict), params, batch)
         if not (hasattr(outputs, "shape") and outputs.ndim and jnp.issubdtype(outputs.dtype, jnp.floating)):
             raise TypeError(f"predict must return one floating-point array of shape (..., C), got {outputs}")
+        if isinstance(loss.criterion, CrossEntropy):
+            _check_logits(loss, params, batch)
         if hasattr(loss.criterion, "check"):
             loss.criterion.check(outputs, batch)
+
+
+def _check_logits(loss, params, batch):
+    if ends_in_softmax(loss.predict, params, batch):
+        raise ValueError(
+            "predict ends in a softmax, and cross_entropy takes logits, of which it takes the softmax itself; return "
+            "what goes into the softmax, or jnp.log of the probabilities. If the loss is meant to take two, give it a "
+            "function as criterion: lambda outputs, batch: cross_entropy(outputs, batch)"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -392,34 +605,24 @@ def _describe(thing):
 
 
 def _differentiable(params):
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    if not leaves:
-        raise ValueError("the parameter tree holds no arrays")
-    for path, leaf in leaves:
-        at, dtype = jax.tree_util.keystr(path), getattr(leaf, "dtype", type(leaf))
-        if not (hasattr(leaf, "dtype") or isinstance(leaf, float)):
-            raise TypeError(f"parameter {at!r} is {dtype.__name__}, no array; take what is no array out of the tree")
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(
-                f"parameter {at!r} has dtype {dtype}, and curvature needs real floating-point parameters; "
-                f"convert it, or keep it in the batch"
-            )
+    check_parameters(params)
     # Half precision has too few digits for second derivatives.
-    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32)), params)
+    params = jax.tree.map(lambda x: jnp.asarray(x, at_least_float32(x)), params)
     finite = _finite(jax.tree.leaves(params))
     if not any(isinstance(ok, jax.core.Tracer) for ok in finite):
-        if bad := [jax.tree_util.keystr(path) for (path, _), ok in zip(leaves, finite, strict=True) if not ok]:
+        paths = jax.tree_util.tree_leaves_with_path(params)
+        if bad := [jax.tree_util.keystr(path) for (path, _), ok in zip(paths, finite, strict=True) if not ok]:
             raise ValueError(f"the parameters are not finite at {bad}; curvature there means nothing")
     return params
+
+
+def to_host(x: Any) -> np.ndarray:
+    """An array in numpy, whole, also where other processes hold parts of it."""
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        return multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
 
 
 @jax.jit
 def _finite(leaves):
     return [jnp.isfinite(x).all() for x in leaves]
-
-
-def _check_batch(batch):
-    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
-        if np.size(leaf) == 0:
-            at = jax.tree_util.keystr(path)
-            raise ValueError(f"the batch is empty at {at!r} (shape {np.shape(leaf)}): a mean needs an example")

@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxhess._checks import at_least_float32, check_count, check_key
+from jaxhess._programs import check_forward_mode, equations, program
 from jaxhess.batches import Batches
 from jaxhess.layers import find_layers, layer_names, middle_layers
 from jaxhess.objective import output_factor_product, output_hessian_product
 from jaxhess.operators import UNROLLED, prepare
-from jaxhess.trace import check_count, check_key, random_like, sampler
+from jaxhess.trace import inner, random_like, sampler
 
 PyTree = Any
 Layers = str | Sequence[str] | Mapping[str, float]
@@ -52,8 +54,8 @@ def hessian_trace_penalty(
       key: a JAX random key.
       layers: "all"; "middle" (`middle_layers` in network order, of three layers all); names; or {name: weight} with
         weights >= 0. Scanned layers are named as a whole or by slices, not both.
-      num_probes: probes; up to 16 are unrolled in the program, which takes longer to compile with each and is the
-        faster way with convolutions, more are vmapped.
+      num_probes: probes, in the memory of one (of a sixteenth of them beyond 16). Up to 16 stand one after another in
+        the program, which takes longer to compile with each; those of a net that runs in a ``lax.scan`` take a loop.
       curvature: "hessian" or "ggn".
       probe: "rademacher" or "gaussian".
       has_aux: as for `hessian`.
@@ -111,9 +113,12 @@ def penalty_and_gradient(
     if curvature not in ("hessian", "ggn"):
         raise ValueError(f"the penalty takes curvature 'hessian' or 'ggn', got {curvature!r}")
     loss, params = prepare(curvature, loss, params, batch, has_aux)
-    spec = _Penalty(loss, curvature, sampler(probe), num_probes, leaf_weights(loss, params, batch, layers))
+    weights = leaf_weights(loss, params, batch, layers)
+    in_loop = num_probes > 1 and _runs_in_loop(loss, params, batch)
+    spec = _Penalty(loss, curvature, sampler(probe), num_probes, weights, in_loop)
+    check_forward_mode(loss, (params, batch), partial(_penalty, spec), (params, batch, key))
     penalty, gradient = _penalty(spec, params, batch, key)
-    return penalty.astype(jnp.result_type(jnp.float32, *jax.tree.leaves(params))), gradient
+    return penalty.astype(at_least_float32(*jax.tree.leaves(params))), gradient
 
 
 def leaf_weights(loss: Callable, params: PyTree, batch: PyTree, layers: Layers) -> tuple[tuple[float, ...], ...]:
@@ -184,6 +189,7 @@ class _Penalty:
     distribution: Callable
     num_probes: int
     weights: tuple[tuple[float, ...], ...]
+    in_loop: bool
 
     def scale(self, tree: PyTree, power: float) -> PyTree:
         """Each layer times its weight to this power."""
@@ -204,12 +210,36 @@ def _penalty(spec, params, batch, key):
     with jax.default_matmul_precision("float32"):
         if spec.num_probes == 1:
             return one(spec, params, batch, key)
-        keys = jax.random.split(key, spec.num_probes)
-        if spec.num_probes <= UNROLLED:  # as `map_rows`, but no gradient is kept beside the sum
-            found = [one(spec, params, batch, k) for k in keys]
-            return jax.tree.map(lambda *x: sum(x) / len(x), *found)
-        found = jax.vmap(lambda k: one(spec, params, batch, k))(keys)
-        return jax.tree.map(lambda x: x.mean(0), found)
+        one, keys = partial(one, spec, params, batch), jax.random.split(key, spec.num_probes)
+        if spec.in_loop:
+            return jax.tree.map(lambda x: x.mean(0), jax.lax.map(one, keys))
+        return _mean_over_probes(one, keys)
+
+
+def _mean_over_probes(one, keys):
+    """The mean of ``one(key)``, at most `UNROLLED` groups of probes one after another, each group vmapped.
+
+    The groups stand apart in the program: XLA's CPU backend is slow with convolutions inside a loop, and with those
+    that vmap makes of them. Each waits for the sum before it, or all would be in memory at once. What does not depend
+    on the probe is still computed once.
+    """
+    size = -(-len(keys) // UNROLLED)
+    total = None
+    for start in range(0, len(keys), size):
+        group = keys[start : start + size]
+        if total is not None:
+            group = _after(total, group)
+        found = one(group[0]) if len(group) == 1 else jax.tree.map(lambda x: x.sum(0), jax.vmap(one)(group))
+        total = found if total is None else jax.tree.map(jnp.add, total, found)
+    return jax.tree.map(lambda x: x / len(keys), total)
+
+
+def _after(total, keys):
+    """The keys, not before a sum is known: a barrier would be gone before XLA's CPU backend orders the program."""
+    known = sum(x.ravel()[0].astype(jnp.float32) for x in jax.tree.leaves(total) if x.size)
+    data = jax.random.key_data(keys)
+    # Of a sum that is NaN it does not matter what is added.
+    return jax.random.wrap_key_data(data + jnp.isnan(known).astype(data.dtype), impl=jax.random.key_impl(keys))
 
 
 def _hessian_form(spec, params, batch, key):
@@ -242,7 +272,7 @@ def _ggn_form(spec, params, batch, key):
     # cotangent at t = 0 is u itself, so that the compiler shares the passes of g.
     (slope_of_u,) = pull_noisy(jax.jvp(predict, (params,), (direction,))[1])
     slope = jax.jvp(transposed, (params, u), (direction, slope_of_u))[1]
-    return optax.tree.vdot(g, direction), optax.tree.scale(2.0, slope)
+    return inner(g, direction), optax.tree.scale(2.0, slope)
 
 
 def _ggn_form_without_factor(spec, params, batch, key):
@@ -253,6 +283,17 @@ def _ggn_form_without_factor(spec, params, batch, key):
         return jnp.vdot(tangent, output_hessian_product(spec.loss.criterion, outputs, batch, tangent))
 
     return jax.value_and_grad(form)(params)
+
+
+def _runs_in_loop(loss, params, batch):
+    """Whether probes are better taken in a loop: the net runs in one itself, and has no convolutions outside of it.
+
+    What a scan keeps for the backward pass XLA's CPU backend lays out for all probes at once, in whatever order they
+    run.
+    """
+    found = list(equations(program(loss, params, batch)))
+    convolves = any(eqn.primitive.name == "conv_general_dilated" and not inside for eqn, inside in found)
+    return not convolves and any(inside for _, inside in found)
 
 
 def _uses(loss, params, batch, leaves):

@@ -9,15 +9,17 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 import scipy.special
 
+from jaxhess._checks import check_count, check_key, check_known, check_like
+from jaxhess._diagnosis import NotFiniteError, why_not_finite
+from jaxhess._noise import Run, noise
 from jaxhess.batches import Batches
-from jaxhess.lanczos import dimension, lanczos, ritz, tree_norm
-from jaxhess.layers import Layer, find_layers, layer_names
-from jaxhess.operators import _operator, linearize, prepare
-from jaxhess.structure import gram_eigenvalues, gram_rounding, gram_rows
-from jaxhess.trace import check_count, check_key, check_known, check_like, random_like
+from jaxhess.lanczos import dimension, lanczos, ritz, ritz_run, tree_norm
+from jaxhess.layers import Layer, chosen_layers, find_layers, layer_names
+from jaxhess.operators import _operator, as_partial, block, linearize, prepare
+from jaxhess.structure import gram_eigenvalues, gram_rows
+from jaxhess.trace import random_like
 
 PyTree = Any
 _GRAM_ROWS = 2000
@@ -37,7 +39,9 @@ class Spectrum:
       weights: (m,) float64, not negative, sum 1.
       dim: the number of eigenvalues, so that dim * mean is the trace.
       num_steps: the Lanczos steps of a draw, which set the width of the density; 128 for an exact spectrum.
-      residuals: (m,) residual norms of the Ritz pairs; of an exact spectrum zeros, or its rounding.
+      residuals: (m,): within each of its node lies an eigenvalue. What Lanczos left undone, and the noise of the
+        products: what they do not repeat, and the rounding inside the operator. Zeros unless given.
+      num_draws: the random start vectors that the weights are averaged over; 0 where the weights are exact.
 
     Raises:
       ValueError: for nodes and weights of different lengths, no nodes, values that are not finite, negative weights
@@ -57,6 +61,7 @@ class Spectrum:
     dim: int
     num_steps: int = 128
     residuals: np.ndarray = None  # type: ignore[assignment]
+    num_draws: int = 0
 
     def __post_init__(self):
         check_known("a Spectrum is made", "make it outside", self.nodes, self.weights, self.residuals)
@@ -218,7 +223,8 @@ def spectrum(
       `Spectrum`, on the host in float64.
 
     Raises:
-      ValueError: for fewer than one step or draw, an empty ``like``, or a product that is not finite.
+      ValueError: for fewer than one step or draw, an empty ``like``, a product that is not finite, or an operator that
+        does not repeat itself or is not symmetric.
       TypeError: under ``jit``, where `lanczos` runs in its place, or for a key that is none.
 
     Example:
@@ -234,6 +240,12 @@ def spectrum(
     check_count("num_steps", num_steps)
     check_count("num_draws", num_draws)
     check_like("like", like)
+    found, run = _quadrature(operator, like, key, num_steps, num_draws, reorthogonalize, progress)
+    return _with_noise(as_partial(operator), lambda product, _: product, {"": (found, run)}, like, key)[""]
+
+
+def _quadrature(operator, like, key, num_steps, num_draws, reorthogonalize, progress):
+    """The spectrum as the recurrence has it, and what its noise is measured at: the `Run` of the first draw."""
     dim = dimension(like)
     if num_steps >= dim and reorthogonalize:
         start = random_like(key, like)
@@ -242,16 +254,34 @@ def spectrum(
             operator, start, dim, reorthogonalize=reorthogonalize, restart_key=restart_key, progress=progress
         )
         values, _, residuals = ritz(found.alphas, found.betas)
-        return Spectrum(values, np.full(dim, 1 / dim), dim, num_steps, residuals)
-    steps, draws = min(num_steps, dim), []
+        return Spectrum(values, np.full(dim, 1 / dim), dim, num_steps, residuals), ritz_run(found)
+    steps, draws, run = min(num_steps, dim), [], None
     for draw in range(num_draws):
         start = random_like(jax.random.fold_in(key, draw), like)
         report = None if progress is None else partial(_report, progress, draw * steps, num_draws * steps)
         found = lanczos(operator, start, num_steps, reorthogonalize=reorthogonalize, progress=report)
         values, vectors, residuals = ritz(found.alphas, found.betas)
         draws.append((values, vectors[0] ** 2 / num_draws, residuals))
+        if run is None:
+            run = ritz_run(found) if reorthogonalize else _blind_run(like, key, values)
     nodes, weights, residuals = (np.concatenate(parts) for parts in zip(*draws, strict=True))
-    return Spectrum(nodes, weights, dim, num_steps, residuals)
+    return Spectrum(nodes, weights, dim, num_steps, residuals, num_draws), run
+
+
+def _blind_run(like, key, values):
+    """Without a basis there are no Ritz vectors: a random vector, beside the extreme Ritz values."""
+    vector = random_like(jax.random.fold_in(key, _CHECK), like)
+    size = tree_norm(vector)
+    return Run(values[[0, -1]], jax.tree.map(lambda x: x[None] / size.astype(x.dtype), vector), None)
+
+
+def _with_noise(product, wrap, found, like, key):
+    """{name: Spectrum} with what the products are worth in the residuals of all nodes."""
+    key = jax.random.fold_in(key, _CHECK)
+    added = noise(product, wrap, {name: run for name, (_, run) in found.items()}, like, key)
+    return {
+        name: dataclasses.replace(spec, residuals=spec.residuals + added[name]) for name, (spec, _) in found.items()
+    }
 
 
 def _count_steps(dim, num_steps, num_draws, reorthogonalize):
@@ -273,7 +303,7 @@ def layer_spectra(
     num_draws: int = 1,
     curvature: str = "hessian",
     method: str = "lanczos",
-    layers: Sequence[str] | None = None,
+    layers: str | Sequence[str] | None = None,
     reorthogonalize: bool | str = True,
     max_bytes: int = 2**30,
     progress: Callable[[int, int], None] | None = None,
@@ -295,7 +325,7 @@ def layer_spectra(
         Hessian it gives that of every layer in which H_l is zero, as in piecewise linear nets, so that Hess_l = G_l:
         the product of H_l with a random vector, which must be zero in all digits, tells. The residuals of its nodes
         are its rounding, and ``num_draws`` plays no part in them.
-      layers: names of the layers that are wanted; all by default. A layer has the same spectrum either way.
+      layers: "all", "middle" (`middle_layers`), or names; all by default. A layer has the same spectrum either way.
       max_bytes: for "gram" and "auto", as for `ggn_eigenvalues`.
       progress: ``progress(done, total)`` in Lanczos steps over all layers; before them, with a total of its own, as of
         `ggn_eigenvalues` where there is a Gram matrix.
@@ -318,6 +348,39 @@ def layer_spectra(
 
     Reference: Figures 1, 9 and 10 of the paper.
     """
+    loss, params = prepare(curvature, objective, params, batch, has_aux)
+    return spectra_of_layers(
+        loss,
+        params,
+        batch,
+        key=key,
+        num_steps=num_steps,
+        num_draws=num_draws,
+        curvature=curvature,
+        method=method,
+        layers=layers,
+        reorthogonalize=reorthogonalize,
+        max_bytes=max_bytes,
+        progress=progress,
+    )[0]
+
+
+def spectra_of_layers(
+    loss: Any,
+    params: PyTree,
+    batch: PyTree,
+    *,
+    key: jax.Array,
+    num_steps: int,
+    method: str,
+    layers: Sequence[str] | None,
+    max_bytes: int,
+    progress: Callable[[int, int], None] | None,
+    num_draws: int = 1,
+    curvature: str = "hessian",
+    reorthogonalize: bool | str = True,
+) -> tuple[dict[str, Spectrum], set[str]]:
+    """As `layer_spectra`, of what `prepare` returns; and the names of those that are spectra of the Gram matrix."""
     check_key(key)
     check_count("num_steps", num_steps)
     check_count("num_draws", num_draws)
@@ -328,12 +391,11 @@ def layer_spectra(
             f"the Gram matrix gives the spectrum of the GGN only, not of {curvature!r}; use 'lanczos', or 'auto' for "
             f"layers in which both agree"
         )
-    loss, params = prepare(curvature, objective, params, batch, has_aux)
     every = find_layers(params, layer_names(params, loss, batch))
     known = [layer.name for layer in every]
-    if missing := [layer.name for layer in find_layers(params, layers or ()) if layer.name not in known]:
+    chosen = chosen_layers(known, layers)
+    if missing := [layer.name for layer in find_layers(params, chosen) if layer.name not in known]:
         raise ValueError(f"{missing[0]!r} is no layer of its own; choose from {known}")
-    chosen = known if layers is None else layers
     parts: dict[str, tuple[int, Layer | None]] = {}
     parts |= {layer.name: (i, layer) for i, layer in enumerate(every) if layer.name in chosen}
     parts["total"] = (len(every), None)
@@ -347,11 +409,12 @@ def layer_spectra(
         summed = [layer for layer in every if "total" in exact or layer.name in exact]
         values = gram_eigenvalues(loss, params, batch, summed, exact, max_bytes=max_bytes, progress=progress)
         for name in values:
-            spec = Spectrum.from_eigenvalues(values[name], dims[name])
-            error = np.full(len(spec.nodes), gram_rounding(params) * spec.lambda_max)
+            eigenvalues, rounding = values[name]
+            spec = Spectrum.from_eigenvalues(eigenvalues, dims[name])
+            error = np.full(len(spec.nodes), rounding * spec.lambda_max)
             spectra[name] = dataclasses.replace(spec, num_steps=num_steps, residuals=error)
     if exact == set(parts):
-        return {name: spectra[name] for name in parts}
+        return {name: spectra[name] for name in parts}, exact
 
     product = _operator(curvature, loss, params, batch, None, False)
     if not isinstance(batch, Batches):
@@ -359,18 +422,29 @@ def layer_spectra(
     left = {name: part for name, part in parts.items() if name not in exact}
     counts = {name: _count_steps(dims[name], num_steps, num_draws, reorthogonalize) for name in left}
     total, before = sum(counts.values()), 0
+
+    def part_of(product, name):
+        layer = left[name][1]
+        return product if layer is None else block(product, layer, params)
+
+    found = {}
     for name, (i, layer) in left.items():
-        spectra[name] = spectrum(
-            product if layer is None else _block(product, layer, params),
-            like=params if layer is None else layer.take(params),
-            key=jax.random.fold_in(key, i),
-            num_steps=num_steps,
-            num_draws=num_draws,
-            reorthogonalize=reorthogonalize,
-            progress=None if progress is None else partial(_report, progress, before, total),
-        )
+        try:
+            found[name] = _quadrature(
+                part_of(product, name),
+                params if layer is None else layer.take(params),
+                jax.random.fold_in(key, i),
+                num_steps,
+                num_draws,
+                reorthogonalize,
+                None if progress is None else partial(_report, progress, before, total),
+            )
+        except NotFiniteError:
+            why = why_not_finite(curvature, loss, params, batch)
+            raise NotFiniteError(f"products of the curvature of {name!r} are not finite: {why}") from None
         before += counts[name]
-    return {name: spectra[name] for name in parts}
+    spectra |= _with_noise(product, part_of, found, params, key)
+    return {name: spectra[name] for name in parts}, exact
 
 
 def _equal_to_ggn(curvature, loss, params, batch, parts, key):
@@ -382,21 +456,6 @@ def _equal_to_ggn(curvature, loss, params, batch, parts, key):
     for name, (i, layer) in parts.items():
         if layer is not None:
             v = random_like(jax.random.fold_in(jax.random.fold_in(key, _CHECK), i), layer.take(params))
-            if float(tree_norm(_block(functional, layer, params)(v))) == 0:
+            if float(tree_norm(block(functional, layer, params)(v))) == 0:
                 found.add(name)
     return found
-
-
-def _block(product, layer, params):
-    """The diagonal block of a layer from the product of the whole net, on the host: only the ends are compiled."""
-    return lambda part: _take(layer, product(_put(layer, params, part)))
-
-
-@partial(jax.jit, static_argnums=0)
-def _put(layer, like, part):
-    return layer.put(optax.tree.zeros_like(like), part)
-
-
-@partial(jax.jit, static_argnums=0)
-def _take(layer, tree):
-    return layer.take(tree)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
@@ -12,16 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
+from jaxhess._checks import check_known
+from jaxhess._diagnosis import NotFiniteError, why_not_finite
 from jaxhess.batches import Batches
 from jaxhess.layers import Layer, find_layers, layer_names
-from jaxhess.objective import CrossEntropy, NoFactorError, Objective, check_factor, output_factor_product
-from jaxhess.operators import prepare
-from jaxhess.trace import check_known, random_like
+from jaxhess.objective import CrossEntropy, NoFactorError, Objective, factored, outputs_of
+from jaxhess.operators import jitter, prepare, rounding_of, to_host
 
 PyTree = Any
+_TRIED = 2  # examples, and perturbed parameters, that the rounding of rows is seen at
 
 
 def ggn_eigenvalues(
@@ -71,7 +73,7 @@ def ggn_eigenvalues(
     """
     loss, params = prepare("ggn", objective, params, batch, has_aux)
     layers = find_layers(params, layer_names(params) if layer is None else [layer])
-    return gram_eigenvalues(loss, params, batch, layers, ["total"], max_bytes=max_bytes, progress=progress)["total"]
+    return gram_eigenvalues(loss, params, batch, layers, ["total"], max_bytes=max_bytes, progress=progress)["total"][0]
 
 
 def gram_eigenvalues(
@@ -83,15 +85,14 @@ def gram_eigenvalues(
     *,
     max_bytes: int = 2**30,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, np.ndarray]:
-    """The non-zero eigenvalues of G_l of those layers that are named, and of the sum over all if "total" is."""
-    grams = _gram_matrices(loss, params, batch, layers, max_bytes, progress)
-    return {name: _nonzero(gram, gram_rounding(params)) for name, gram in grams.items() if name in names}
+) -> dict[str, tuple[np.ndarray, float]]:
+    """The non-zero eigenvalues of G_l of those layers that are named, and of the sum over all if "total" is.
 
-
-def gram_rounding(params: PyTree) -> float:
-    """By how much of the largest eigenvalue those of a Gram matrix are wrong, the products' rounding included."""
-    return 10 * _eps(params)
+    Each comes with its rounding, as a share of the largest: of the products, and of the rows themselves.
+    """
+    grams, noise = _gram_matrices(loss, params, batch, layers, max_bytes, progress)
+    least = 10 * _eps(params)
+    return {name: (_nonzero(grams[name], least), max(least, noise[name])) for name in grams if name in names}
 
 
 def gram_rows(loss: Callable, params: PyTree, batch: PyTree) -> int:
@@ -100,7 +101,7 @@ def gram_rows(loss: Callable, params: PyTree, batch: PyTree) -> int:
         return 0
     outputs = _outputs(loss, params, batch)
     try:
-        check_factor(loss.criterion, outputs, batch)
+        factored(loss.criterion, outputs, batch, max_classes=outputs.shape[-1])
     except NoFactorError:
         return 0
     return outputs.size
@@ -234,16 +235,22 @@ def class_structures(loss, params, batch, num_classes, layers, weighting, max_by
         raise ValueError(f"unknown weighting {weighting!r}; choose 'p' or 'legacy_sqrt_p'")
     if not isinstance(loss.criterion, CrossEntropy):
         raise TypeError(f"classes are those of cross-entropy; the criterion is {loss.criterion!r}")
-    if loss.criterion.weights is not None:
-        raise TypeError("the class structure is that of the plain mean; give a CrossEntropy without weights")
-    probabilities = _to_host(jax.nn.softmax(_outputs(loss, params, batch))).astype(np.float64)
+    plain = dataclasses.replace(loss.criterion, labels=CrossEntropy().labels, smoothing=0.0)
+    if plain != CrossEntropy():
+        raise TypeError(
+            "the class structure is that of the plain mean of the softmax; give a CrossEntropy without weights, "
+            "temperature and z_loss"
+        )
+    probabilities = to_host(jax.nn.softmax(_outputs(loss, params, batch))).astype(np.float64)
     classes = probabilities.shape[-1]
     if num_classes != classes:
         raise ValueError(f"num_classes = {num_classes}, but the outputs have {classes} classes; give that number")
-    probabilities, labels = probabilities.reshape(-1, classes), np.ravel(_to_host(loss.criterion.labels(batch)))
+    probabilities, labels = probabilities.reshape(-1, classes), np.ravel(to_host(loss.criterion.labels(batch)))
+    if len(labels) != len(probabilities):
+        raise TypeError("the class structure goes by integer labels; give class indices 0..C-1, not soft labels")
     if missing := sorted(set(range(classes)) - set(labels.tolist())):
         raise ValueError(f"classes {missing} have no example in the batch; give at least one of every class")
-    grams = _gram_matrices(loss, params, batch, layers, max_bytes, progress)
+    grams, _ = _gram_matrices(loss, params, batch, layers, max_bytes, progress)
     weights = (np.ones_like(probabilities) if weighting == "legacy_sqrt_p" else probabilities) / len(labels)
     wanted = ["total"] if only_total else grams
     return {name: _class_structure(grams[name], weights, labels, _eps(params)) for name in wanted}
@@ -314,8 +321,8 @@ def _gram_matrices(loss, params, batch, layers, max_bytes, progress):
     params, batch = jax.tree.map(_automatic, (params, batch))
     outputs = _outputs(loss, params, batch)
     if not bool(jnp.isfinite(outputs).all()):
-        raise ValueError("the outputs of predict are not finite; look for NaN or overflow in the batch or the network")
-    check_factor(loss.criterion, outputs, batch)
+        raise NotFiniteError(why_not_finite("ggn", loss, params, batch))
+    loss = Objective(loss.predict, factored(loss.criterion, outputs, batch, max_classes=outputs.shape[-1]))
     of_examples = _of_independent_examples(loss, params, batch, outputs)
     # An example that depends on others has its rows differentiated through the batch, which takes as long as one.
     count = outputs.size if of_examples is None else len(outputs)
@@ -344,20 +351,53 @@ def _gram_matrices(loss, params, batch, layers, max_bytes, progress):
             kept = _keep(kept, rows_of(i), (i - start) * rows_each)
             report()
         for gram, tile in zip(mine, _products(kept, kept), strict=True):
-            gram[block, block] = _to_host(tile)[: block.stop - block.start, : block.stop - block.start]
+            gram[block, block] = to_host(tile)[: block.stop - block.start, : block.stop - block.start]
         for i in range(stop, count):
             columns = slice(i * rows_each, (i + 1) * rows_each)
             for gram, tile in zip(mine, _products(kept, rows_of(i)), strict=True):
-                gram[block, columns] = _to_host(tile)
+                gram[block, columns] = to_host(tile)
                 gram[columns, block] = gram[block, columns].T
             report()
     for name, gram in grams.items():
         if not np.isfinite(gram).all():
-            raise ValueError(
-                f"the products of the Jacobian's rows are not finite in layer {name!r}; look for a derivative that is "
-                f"NaN or overflows, in the network or the criterion"
-            )
-    return grams | {"total": sum(grams.values())}
+            why = why_not_finite("ggn", loss, params, batch)
+            raise NotFiniteError(f"the products of the Jacobian's rows are not finite in layer {name!r}: {why}")
+    grams |= {"total": sum(grams.values())}
+    energy = np.diag(grams["total"]).reshape(count, -1).sum(1)
+    groups = dict.fromkeys(group for group, *_ in plan)
+    noise = _row_noise(loss, groups, of_examples, params, batch, np.argsort(energy)[-_TRIED:])
+    return grams, noise
+
+
+def _row_noise(loss, groups, of_examples, params, batch, examples):
+    """{layer: relative error of the eigenvalues}, also of "total", by rows at parameters moved by one rounding.
+
+    Of the examples with the largest rows. An eigenvalue is a square, hence the 2; 3 is for what a few rows miss.
+    """
+    eps = max(_eps(params), rounding_of(loss.predict, params, batch))
+    change, size = {"total": 0.0}, {"total": 0.0}
+    factor = _factor(loss, params, batch)
+    moved = [jitter(jax.random.key(number), params, eps) for number in range(_TRIED)]
+    factors = [_factor(loss, there, batch) for there in moved]
+    for group in groups:
+        for i in map(int, examples):
+            here = _rows(loss, group, of_examples, params, batch, factor, i)
+            squares = [
+                _squares(here, _rows(loss, group, of_examples, there, batch, f, i))
+                for there, f in zip(moved, factors, strict=True)
+            ]
+            for k, layer in enumerate(group):
+                found = max(float(changes[k]) for changes, _ in squares), float(squares[0][1][k])
+                for name in (layer.name, "total"):
+                    change[name] = change.get(name, 0.0) + found[0]
+                    size[name] = size.get(name, 0.0) + found[1]
+    return {name: 6 * (change[name] / size[name]) ** 0.5 if size[name] else 0.0 for name in size}
+
+
+@jax.jit
+def _squares(rows, others):
+    """For each layer the squared norms of the difference and of the rows."""
+    return [jnp.sum((a - b) ** 2) for a, b in zip(rows, others, strict=True)], [jnp.sum(a**2) for a in rows]
 
 
 def _automatic(x):
@@ -386,13 +426,6 @@ def _groups(layers, params, rows_each, count, max_bytes):
     return [(group, min(count, max(1, max_bytes // max(1, sum(map(sizes.get, group)))))) for group in groups]
 
 
-def _to_host(x):
-    """An array in numpy, whole, also where other processes hold parts of it."""
-    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
-        return multihost_utils.process_allgather(x, tiled=True)
-    return np.asarray(x)
-
-
 def _eps(params):
     """Rounding of the coarsest type on the way."""
     return max(float(jnp.finfo(jnp.result_type(x)).eps) for x in jax.tree.leaves(params))
@@ -405,15 +438,9 @@ def _nonzero(gram, rtol, scale=None):
 
 
 def _outputs(loss, params, batch):
-    outputs = _predict(loss, params, batch)
+    outputs = outputs_of(loss, params, batch)
     check_known("the Gram matrix is put together", "call it outside; ggn and layer_traces run inside too", outputs)
     return outputs
-
-
-@partial(jax.jit, static_argnums=0)
-def _predict(loss, params, batch):
-    with jax.default_matmul_precision("float32"):
-        return loss.predict(params, batch)
 
 
 def _of_independent_examples(loss, params, batch, outputs):
@@ -427,14 +454,10 @@ def _of_independent_examples(loss, params, batch, outputs):
     if of_examples is None:
         return None
     try:
-        together, alone = _slopes(loss, of_examples, params, batch)
+        same = _alike(loss, of_examples, params, batch)
     except Exception:  # of a batch that cannot be taken apart along its first axis the user's code may raise anything
         return None
-    same = all(
-        a.shape == b.shape and float(jnp.max(jnp.abs(a - b))) <= 1e-4 * float(jnp.max(jnp.abs(a)))
-        for a, b in zip(together, alone, strict=True)
-    )
-    return of_examples if same else None
+    return of_examples if bool(same) else None
 
 
 def _of_examples(loss, params, batch, outputs):
@@ -465,18 +488,35 @@ def _of_examples(loss, params, batch, outputs):
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _slopes(loss, of_examples, params, batch):
-    """Outputs and their derivatives in one direction: of the batch, and of each example alone."""
-    direction = random_like(jax.random.key(0), params)
+def _alike(loss, of_examples, params, batch):
+    """Whether the batch has the outputs of its examples taken alone, and the gradient of one random sum of them.
 
-    def both(batch):
-        return jax.jvp(lambda p: loss.predict(p, batch), (params,), (direction,))
+    In reverse mode, as the rows of the Gram matrix: a net may have no other.
+    """
+
+    def together(p):
+        return loss.predict(p, batch)
+
+    def alone(p):
+        return jax.vmap(lambda i: loss.predict(p, _example(batch, of_examples, i))[0])(jnp.arange(len(outputs)))
 
     with jax.default_matmul_precision("float32"):
-        together = both(batch)
-        count = len(together[0])
-        alone = jax.vmap(lambda i: [x[0] for x in both(_example(batch, of_examples, i))])(jnp.arange(count))
-    return together, alone
+        outputs, pull = jax.vjp(together, params)
+        noise = jax.random.normal(jax.random.key(0), outputs.shape, outputs.dtype)
+        apart, pull_apart = jax.vjp(alone, params)
+        return _same(outputs, apart) & _same(pull(noise), pull_apart(noise))
+
+
+def _same(a, b):
+    """Whether two trees agree but for rounding, in each array beside its largest entry.
+
+    Beside that of the whole tree in a small array, for what vanishes, like the gradient of a bias that a softmax does
+    not see, is nothing but rounding.
+    """
+    pairs = list(zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    sizes = jnp.stack([jnp.max(jnp.abs(x), initial=0).astype(jnp.float32) for x, _ in pairs])
+    differences = jnp.stack([jnp.max(jnp.abs(x - y), initial=0).astype(jnp.float32) for x, y in pairs])
+    return (differences <= jnp.maximum(1e-4 * sizes, 1e-5 * sizes.max())).all()
 
 
 def _example(batch, of_examples, i):
@@ -492,9 +532,9 @@ def _factor(loss, params, batch):
     with jax.default_matmul_precision("float32"):
         outputs = loss.predict(params, batch)
         basis = jnp.eye(outputs.shape[-1], dtype=outputs.dtype)
-        return jax.vmap(
-            lambda e: output_factor_product(loss.criterion, outputs, batch, jnp.broadcast_to(e, outputs.shape))
-        )(basis)
+        return jax.vmap(lambda e: loss.criterion.factor_product(outputs, batch, jnp.broadcast_to(e, outputs.shape)))(
+            basis
+        )
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

@@ -10,13 +10,14 @@ from typing import Any
 
 import jax
 
-from jaxhess.distances import count_outliers, wasserstein
+from jaxhess._checks import check_key
+from jaxhess.distances import count_outliers, outlier_range, wasserstein
 from jaxhess.lanczos import dimension, tree_norm
-from jaxhess.layers import subtree
+from jaxhess.layers import layer_names, subtree
 from jaxhess.objective import NoFactorError, Objective
 from jaxhess.operators import prepare
-from jaxhess.spectrum import Spectrum, layer_spectra
-from jaxhess.trace import Estimate, check_key, layer_traces
+from jaxhess.spectrum import Spectrum, spectra_of_layers
+from jaxhess.trace import Estimate, layer_traces
 
 PyTree = Any
 
@@ -27,13 +28,16 @@ class Record:
 
     Attributes:
       parameters: number of parameters.
-      trace: Tr(Hess_l) with its standard error.
+      trace: Tr(Hess_l) with its standard error; exact where the spectrum is.
       ggn_trace: Tr(G_l) likewise; None for a plain loss, or a criterion that is not convex.
       lambda_max, lambda_min: extreme eigenvalues of Hess_l: Ritz values, or exact ones.
       lambda_max_residual, lambda_min_residual: an eigenvalue lies within this of them.
       trace_norm2: Tr(Hess_l) * ||w_l||^2, which does not change when a scale-invariant layer is scaled.
+      trace_norm2_error: its standard error.
       outliers: `count_outliers` of the spectrum.
+      outliers_range: the smallest and largest count within two standard errors of the mean that the rule goes by.
       wasserstein: distance of the spectrum to the whole net's, in units of eigenvalues.
+      wasserstein_error: its standard error, an upper bound, as of `jaxhess.wasserstein`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxhess as jh
@@ -52,8 +56,11 @@ class Record:
     lambda_min: float
     lambda_min_residual: float
     trace_norm2: float
+    trace_norm2_error: float
     outliers: int
+    outliers_range: tuple[int, int]
     wasserstein: float
+    wasserstein_error: float
 
 
 class Summary(Mapping):
@@ -89,6 +96,8 @@ class Summary(Mapping):
         def plain(value):
             if isinstance(value, Estimate):
                 return [float(value.mean), float(value.std_error)]
+            if isinstance(value, tuple):
+                return list(value)
             return value if value is None or isinstance(value, int) else float(value)
 
         return {
@@ -118,9 +127,9 @@ class Summary(Mapping):
                     "-" if r.ggn_trace is None else str(r.ggn_trace),
                     f"{r.lambda_max:.4g} ({r.lambda_max_residual:.0e})",
                     f"{r.lambda_min:.4g} ({r.lambda_min_residual:.0e})",
-                    f"{r.trace_norm2:.4g}",
-                    str(r.outliers),
-                    "-" if name == "total" else f"{r.wasserstein:.3g}",
+                    str(r.trace._replace(mean=r.trace_norm2, std_error=r.trace_norm2_error)),
+                    "-".join(map(str, sorted(set(r.outliers_range)))),
+                    "-" if name == "total" else f"{r.wasserstein:.3g} +- {r.wasserstein_error:.1g}",
                 )
             )
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -140,8 +149,8 @@ def summarize(
     key: jax.Array,
     num_probes: int = 64,
     num_steps: int = 64,
-    method: str = "lanczos",
-    layers: Sequence[str] | None = None,
+    method: str = "auto",
+    layers: str | Sequence[str] | None = None,
     chunk_size: int = 8,
     max_bytes: int = 2**30,
     progress: Callable[[int, int], None] | None = None,
@@ -149,15 +158,19 @@ def summarize(
 ) -> Summary:
     """The curvature of every layer and of the whole net, as a table.
 
+    Where the spectrum of a layer is exact (by its Gram matrix where H_l = 0, or with as many Lanczos steps as it has
+    parameters) its traces are those of the spectrum, and no probe is drawn for them. Traces add up, so those of the
+    whole net are exact where those of all its layers are.
+
     Args:
       objective: an `Objective`; a plain loss gives a table without Tr G.
       params, batch, has_aux: as for `hessian`.
       key: a JAX random key; the spectra are those of `layer_spectra` with the same key.
-      num_probes: probes of each trace.
+      num_probes: probes of each trace that is not exact.
       num_steps: Lanczos steps of each spectrum. The residuals beside lambda_max and lambda_min say whether they
         were enough.
-      method: of the spectra: "lanczos" or "auto", as for `layer_spectra`.
-      layers: names of the layers that are wanted; all by default.
+      method: of the spectra: "auto", exact where that is possible, or "lanczos"; as for `layer_spectra`.
+      layers: "all", "middle" (`middle_layers`), or names; all by default.
       chunk_size: probes at a time, as for `layer_traces`; fewer need less memory.
       max_bytes, progress: as for `layer_spectra`.
 
@@ -179,7 +192,7 @@ def summarize(
     """
     check_key(key)
     loss, params = prepare("hessian", objective, params, batch, has_aux)
-    spectra = layer_spectra(
+    spectra, equal_to_ggn = spectra_of_layers(
         loss,
         params,
         batch,
@@ -192,14 +205,21 @@ def summarize(
     )
     trace_key, ggn_key = jax.random.split(jax.random.fold_in(key, 2**31 - 1))
     estimate = partial(layer_traces, loss, params, batch, num_probes=num_probes, chunk_size=chunk_size)
-    traces = estimate(key=trace_key)
+    names = layer_names(params, loss, batch)
+    traces = _exact_traces({name: spec for name, spec in spectra.items() if not spec.num_draws}, names)
+    if set(spectra) - set(traces):
+        traces = estimate(key=trace_key) | traces
     ggn_traces: dict[str, Estimate] = {}
     if isinstance(loss, Objective):
         with contextlib.suppress(NoFactorError):  # a criterion that is not convex: no column Tr G
-            ggn_traces = estimate(key=ggn_key, curvature="ggn")
+            ggn_traces = _exact_traces({name: spectra[name] for name in equal_to_ggn}, names)
+            if set(spectra) - set(ggn_traces):
+                ggn_traces = estimate(key=ggn_key, curvature="ggn") | ggn_traces
     records = {}
     for name, spec in spectra.items():
         weights = params if name == "total" else subtree(params, name)
+        norm2 = float(tree_norm(weights)) ** 2
+        distance, error = wasserstein(spec, spectra["total"], with_error=True)
         records[name] = Record(
             parameters=dimension(weights),
             trace=traces[name],
@@ -208,8 +228,24 @@ def summarize(
             lambda_max_residual=float(spec.residuals[-1]),
             lambda_min=spec.lambda_min,
             lambda_min_residual=float(spec.residuals[0]),
-            trace_norm2=float(traces[name].mean) * float(tree_norm(weights)) ** 2,
+            trace_norm2=float(traces[name].mean) * norm2,
+            trace_norm2_error=float(traces[name].std_error) * norm2,
             outliers=count_outliers(spec),
-            wasserstein=wasserstein(spec, spectra["total"]),
+            outliers_range=outlier_range(spec),
+            wasserstein=distance,
+            wasserstein_error=error,
         )
     return Summary(records, spectra)
+
+
+def _exact_traces(spectra, names):
+    """The traces of exact spectra, with their rounding for an error; of the net too, if all its layers are there."""
+
+    def error(spec):
+        return float(spec.residuals.max()) * len(spec.nodes) ** 0.5
+
+    found = {name: Estimate(spec.trace, error(spec), 0) for name, spec in spectra.items()}
+    if "total" not in found and set(names) <= set(found):
+        parts = [found[name] for name in names]
+        found["total"] = Estimate(sum(p.mean for p in parts), sum(p.std_error**2 for p in parts) ** 0.5, 0)
+    return found

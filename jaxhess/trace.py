@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxhess._checks import at_least_float32, check_count, check_key, check_like, standard_promotion
+from jaxhess._diagnosis import NotFiniteError, why_not_finite, why_product_not_finite
 from jaxhess.batches import Batches, first_batch
 from jaxhess.layers import Layer, find_layers, layer_names
-from jaxhess.objective import check_factor, output_factor_product
+from jaxhess.objective import Objective, factored, outputs_of
 from jaxhess.operators import _Product, apply_stacked, check_batches, map_rows, prepare
 
 PyTree = Any
@@ -28,7 +30,7 @@ class Estimate(NamedTuple):
     Attributes:
       mean: scalar, the mean of the probes.
       std_error: scalar, their standard deviation / sqrt(num_probes); NaN for a single probe.
-      num_probes: the number of probes.
+      num_probes: the number of probes; 0 for an exact value, whose ``std_error`` is its rounding.
 
     Example:
       >>> import jaxhess as jh
@@ -43,7 +45,8 @@ class Estimate(NamedTuple):
     num_probes: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.4g} +- {self.std_error:.2g}"
+        exact = isinstance(self.num_probes, int) and self.num_probes == 0 and self.std_error <= 1e-3 * abs(self.mean)
+        return f"{self.mean:.4g} {'exact' if exact else f'+- {self.std_error:.2g}'}"
 
 
 def trace(
@@ -92,8 +95,13 @@ def trace(
     """
     check_key(key)
     check_like("like", like)
-    draw = partial(_quadratic_forms, operator, like, sampler(probe))
-    return _estimate(draw, key, num_probes, rtol, atol, max_probes, chunk_size, ("the operator",))[0]
+    distribution = sampler(probe)
+    draw = partial(_quadratic_forms, operator, like, distribution)
+
+    def why():
+        return why_product_not_finite(operator, random_like(key, like, distribution))
+
+    return _estimate(draw, why, key, num_probes, rtol, atol, max_probes, chunk_size, ("the operator",))[0]
 
 
 def layer_traces(
@@ -116,7 +124,8 @@ def layer_traces(
     "hessian" and "functional": with one probe v over all parameters, v_l . (A v)_l is unbiased for Tr(A_l) for
     every layer at once, for one product of the whole net. "ggn": with B B' = S and random e over the outputs,
     ||(J' B e)_l||^2 is unbiased for Tr(G_l), for one backward pass. Where the two traces agree (piecewise linear
-    nets with fixed batch statistics: H_l = 0), "ggn" is several times as precise and costs half.
+    nets with fixed batch statistics: H_l = 0), "ggn" is several times as precise and costs half. A criterion of one's
+    own whose S is neither diagonal nor that of a softmax, with more than 64 classes, is taken by products with G.
 
     Args:
       objective: a loss, or an `Objective` (which "ggn" and "functional" need).
@@ -148,15 +157,19 @@ def layer_traces(
     propagation).
     """
     check_key(key)
-    loss, params = prepare(curvature, objective, params, batch, has_aux)
+    loss, params = prepare(curvature, objective, params, batch, has_aux, products=curvature != "ggn")
     names = layer_names(params, loss, batch)
-    samples = _LayerSamples(curvature, loss, find_layers(params, names), sampler(probe))
-    if curvature == "ggn" and not hasattr(loss.criterion, "factor_product"):
+    form = "product"
+    if curvature == "ggn":
         one = first_batch(batch)
-        check_factor(loss.criterion, loss.predict(params, one), one)
+        criterion = factored(loss.criterion, outputs_of(loss, params, one), one)
+        if criterion is not None:
+            form, loss = "factor", Objective(loss.predict, criterion)
+    samples = _LayerSamples(curvature, form, loss, find_layers(params, names), sampler(probe))
     names = [*names, "total"]
     draw = partial(samples.over_batches if isinstance(batch, Batches) else samples, params, batch)
-    estimates = _estimate(draw, key, num_probes, rtol, atol, max_probes, chunk_size, names)
+    why = partial(why_not_finite, curvature, loss, params, batch)
+    estimates = _estimate(draw, why, key, num_probes, rtol, atol, max_probes, chunk_size, names)
     return dict(zip(names, estimates, strict=True))
 
 
@@ -168,7 +181,36 @@ def _rademacher(key, shape, dtype):
     return (1 - 2 * bits.ravel()[:size].astype(dtype)).reshape(shape)
 
 
-_SAMPLERS = {"rademacher": _rademacher, "gaussian": jax.random.normal}
+def _alone(function: Callable) -> Callable:
+    """A function of a key and other arrays that gives each row under vmap what it gives that row alone.
+
+    Of threefry every function does. With other keys (rbg) JAX draws all rows from the first key.
+    """
+    alone = jax.custom_batching.custom_vmap(function)
+
+    @alone.def_vmap
+    def each(size, batched, *args):
+        def one(rows):
+            rows = iter(rows)
+            return alone(*(next(rows) if mapped else x for x, mapped in zip(args, batched, strict=True)))
+
+        return jax.lax.map(one, [x for x, mapped in zip(args, batched, strict=True) if mapped]), True
+
+    return lambda key, *more: (function if _is_threefry(key) else alone)(key, *more)
+
+
+def _is_threefry(key):
+    return str(jax.random.key_impl(key)) == "threefry2x32"
+
+
+_fold_in = _alone(jax.random.fold_in)
+
+
+def _draw_alone(draw):
+    return lambda key, shape, dtype: _alone(lambda k: draw(k, shape, dtype))(key)
+
+
+_SAMPLERS = {"rademacher": _draw_alone(_rademacher), "gaussian": _draw_alone(jax.random.normal)}
 
 
 def sampler(probe: str) -> Callable:
@@ -210,8 +252,8 @@ def _draw(key, like, distribution):
     """One draw, cut into leaves: XLA takes many times as long to compile a draw for each leaf."""
     leaves, treedef = jax.tree.flatten(like)
     ends = np.cumsum([np.size(x) for x in leaves], dtype=int)
-    dtypes = [jnp.promote_types(jnp.result_type(x), jnp.float32) for x in leaves]
-    flat = distribution(key, (int(ends[-1]),), jnp.result_type(*dtypes))
+    dtypes = [at_least_float32(x) for x in leaves]
+    flat = distribution(key, (int(ends[-1]),), at_least_float32(*dtypes))
     pieces = zip(jnp.split(flat, ends[:-1]), leaves, dtypes, strict=True)
     parts = [piece.reshape(jnp.shape(x)).astype(dtype) for piece, x, dtype in pieces]
     return jax.tree.unflatten(treedef, parts)
@@ -224,7 +266,17 @@ def _random_stack(keys, like, distribution):
 
 @jax.jit
 def _dots(vectors, products):
-    return jax.vmap(optax.tree.vdot)(vectors, products)[:, None]
+    return jax.vmap(inner)(vectors, products)[:, None]
+
+
+@standard_promotion
+def inner(a: PyTree, b: PyTree) -> jax.Array:
+    """The inner product of two trees."""
+    return optax.tree.vdot(a, b)
+
+
+_squared = standard_promotion(partial(optax.tree.norm, squared=True))
+_stack = standard_promotion(jnp.stack)
 
 
 def _quadratic_forms(operator, like, distribution, keys):
@@ -237,6 +289,7 @@ class _LayerSamples:
     """Samples of every layer's trace and of their sum; static under ``jit``."""
 
     kind: str
+    form: str  # "factor", squared norms of J' B e, or "product", v' A v
     loss: Callable
     layers: tuple[Layer, ...]
     distribution: Callable
@@ -247,7 +300,7 @@ class _LayerSamples:
     def over_batches(self, params, batches, keys):
         def step(mean, batch, share, number):
             # A fresh draw for each batch where the estimate is a sum over examples; the same v where it is v' A v.
-            batch_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number) if self.kind == "ggn" else keys
+            batch_keys = jax.vmap(_fold_in, (0, None))(keys, number) if self.form == "factor" else keys
             return _layer_samples(self, params, batch, batch_keys, mean, share)
 
         mean = batches.fold(step)
@@ -259,8 +312,8 @@ class _LayerSamples:
 @partial(jax.jit, static_argnums=0)
 def _layer_samples(spec, params, batch, keys, mean, share):
     with jax.default_matmul_precision("float32"):
-        form = _ggn_forms if spec.kind == "ggn" else _product_forms
-        parts = form(spec, params, batch, keys)
+        forms = _ggn_forms if spec.form == "factor" else _product_forms
+        parts = forms(spec, params, batch, keys)
     new = jnp.concatenate([parts, parts.sum(1, keepdims=True)], axis=1)
     return new if mean is None else mean + jnp.asarray(share, new.dtype) * (new - mean)
 
@@ -271,7 +324,7 @@ def _product_forms(spec, params, batch, keys):
     def one(key):
         v = random_like(key, params, spec.distribution)
         product_v = product(params, batch, v)
-        return jnp.stack([optax.tree.vdot(layer.arrays(v), layer.arrays(product_v)) for layer in spec.layers])
+        return _stack([inner(layer.arrays(v), layer.arrays(product_v)) for layer in spec.layers])
 
     return map_rows(one, keys)
 
@@ -281,8 +334,8 @@ def _ggn_forms(spec, params, batch, keys):
 
     def one(key):
         noise = spec.distribution(key, outputs.shape, outputs.dtype)
-        (gradient,) = pull(output_factor_product(spec.loss.criterion, outputs, batch, noise))
-        return jnp.stack([optax.tree.norm(layer.arrays(gradient), squared=True) for layer in spec.layers])
+        (gradient,) = pull(spec.loss.criterion.factor_product(outputs, batch, noise))
+        return _stack([_squared(layer.arrays(gradient)) for layer in spec.layers])
 
     return jax.vmap(one)(keys)
 
@@ -290,8 +343,8 @@ def _ggn_forms(spec, params, batch, keys):
 # ---- means, standard errors, and when to stop ----
 
 
-def _estimate(draw, key, num_probes, rtol, atol, max_probes, chunk_size, names):
-    """Estimates from ``draw(keys) -> (len(keys), quantities)``, in equal chunks of keys."""
+def _estimate(draw, why, key, num_probes, rtol, atol, max_probes, chunk_size, names):
+    """Estimates from ``draw(keys) -> (len(keys), quantities)``, in equal chunks of keys; ``why`` one is not finite."""
     check_count("num_probes", num_probes)
     check_count("chunk_size", chunk_size)
     adaptive = rtol is not None or atol is not None
@@ -313,7 +366,7 @@ def _estimate(draw, key, num_probes, rtol, atol, max_probes, chunk_size, names):
         samples = np.concatenate([samples, np.asarray(new, np.float64)])
         if not np.isfinite(samples[-chunk:]).all():
             bad = [name for name, ok in zip(names, np.isfinite(samples).all(0), strict=True) if not ok]
-            raise ValueError(f"probes gave values that are not finite for {bad}; look for overflow or NaN in the loss")
+            raise NotFiniteError(f"probes gave values that are not finite for {bad}: {why()}")
         if len(samples) < num_probes:
             continue
         # At most a chunk too many were drawn.
@@ -336,31 +389,4 @@ def _keys(key, first, count):
     """Keys number first, first + 1, ...: the same for the same number, however many are drawn."""
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
-    return jax.vmap(partial(jax.random.fold_in, key))(first + jnp.arange(count))
-
-
-def check_count(name: str, value: int) -> None:
-    """ValueError for a number of things that is not a whole number of at least one."""
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-
-
-def check_key(key: Any, name: str = "key") -> None:
-    """TypeError for what is not one JAX random key, typed or raw."""
-    if isinstance(key, (jax.Array, np.ndarray)):
-        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-        if key.ndim == 0 if typed else (key.ndim == 1 and key.dtype == np.uint32):
-            return
-    raise TypeError(f"{name} must be one JAX random key, as from jax.random.key(0), got {key!r}")
-
-
-def check_like(name: str, tree: PyTree) -> None:
-    """ValueError for a tree without a single entry, which no operator acts on."""
-    if not any(np.size(x) for x in jax.tree.leaves(tree)):
-        raise ValueError(f"{name} holds no numbers, so there is no operator on it: {tree!r}; give a tree like v")
-
-
-def check_known(what: str, instead: str, *trees: PyTree) -> None:
-    """TypeError for traced values where the host needs numbers."""
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(trees)):
-        raise TypeError(f"{what} on the host and cannot run under jit, vmap or grad; {instead}")
+    return jax.vmap(partial(_fold_in, key))(first + jnp.arange(count))

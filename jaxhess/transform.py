@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxhess._checks import at_least_float32, check_count, check_key
 from jaxhess.regularizer import Layers, check_layers, penalty_and_gradient
-from jaxhess.trace import check_count, check_key, sampler
+from jaxhess.trace import sampler
 
 PyTree = Any
 _MISSING = object()
@@ -128,12 +129,14 @@ def add_hessian_trace(
         return HessianTraceState(
             count=jnp.zeros((), jnp.int32),
             key=jnp.array(key, copy=True),  # a donated state must not take the caller's key with it
-            penalty=jnp.zeros((), jnp.result_type(jnp.float32, *jax.tree.leaves(params))),
+            penalty=jnp.zeros((), at_least_float32(*jax.tree.leaves(params))),
             skipped=jnp.zeros((), jnp.int32),
         )
 
-    def update_fn(updates, state, params=None, *, batch=_MISSING, **extra_args):
+    def update_fn(updates, state, params=None, *others, batch=_MISSING, **extra_args):
         del extra_args
+        if others:
+            raise TypeError("the batch is given by name: tx.update(grads, state, params, batch=batch)")
         if params is None:
             raise ValueError("add_hessian_trace needs the parameters: tx.update(grads, state, params, batch=batch)")
         if batch is _MISSING:
@@ -142,6 +145,12 @@ def add_hessian_trace(
                 "TrainState.apply_gradients does not pass it on, so call tx.update and optax.apply_updates instead"
             )
         _check_masks(params)
+
+        if jnp.shape(state.key) != jnp.shape(key):
+            raise ValueError(
+                f"the state holds a key of shape {jnp.shape(state.key)}, and key= of add_hessian_trace has one of "
+                f"{jnp.shape(key)}, of another implementation; go on with one of that with which the state was made"
+            )
 
         def penalize():
             step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=impl), state.count)
@@ -168,7 +177,7 @@ def add_hessian_trace(
             for leaf in jax.tree.leaves(added):
                 valid &= jnp.isfinite(leaf).all()
             added = jax.tree.map(lambda u, a: jnp.where(valid, u + a, u), updates, added)
-            return added, penalty.astype(state.penalty.dtype), state.skipped + ~valid
+            return added, penalty.astype(state.penalty.dtype), state.skipped + (~valid).astype(state.skipped.dtype)
 
         if every == 1 and start == 0:
             updates, penalty, skipped = penalize()

@@ -1,5 +1,6 @@
 """Settings for all tests: eight devices, a compilation cache on disk, no implicit rank promotion."""
 
+import importlib
 import os
 import pathlib
 
@@ -21,6 +22,8 @@ jax.config.update("jax_num_cpu_devices", 8)  # what says nothing of devices runs
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+if not hasattr(jax, "enable_x64"):  # its name before JAX 0.8
+    jax.enable_x64 = importlib.import_module("jax.experimental").enable_x64
 
 
 @pytest.fixture(scope="module", autouse=True)

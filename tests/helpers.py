@@ -246,10 +246,14 @@ def block_ggn(problem: Problem, layer: str) -> np.ndarray:
         problem = problem.cast(jnp.float64)
         flat, unravel = ravel_pytree(problem.params[layer])
 
-        def predict(w):
-            return problem.objective.predict(problem.params | {layer: unravel(w)}, problem.batch)
+        @jax.jit  # what it would close over, XLA up to JAX 0.7 computes wrongly while it compiles
+        def rows(w, params, batch):
+            def predict(w):
+                return problem.objective.predict(params | {layer: unravel(w)}, batch)
 
-        outputs, slopes = jax.jit(lambda w: (predict(w), jax.jacrev(predict)(w)))(flat)
+            return predict(w), jax.jacrev(predict)(w)
+
+        outputs, slopes = rows(flat, problem.params, problem.batch)
     p = softmax(np.asarray(outputs))
     slopes = np.asarray(slopes)
     half = p[..., None] * (slopes - np.einsum("nc,ncp->np", p, slopes)[:, None])
@@ -397,20 +401,31 @@ def processes():
 # ---- counting ----
 
 
-@contextlib.contextmanager
-def counted_compilations():
-    """A list that gets one entry for each compilation in the block."""
-    events: list[float] = []
+_COUNTS: list[list[float]] = []  # of the blocks that count now
+
+
+@functools.cache
+def _listen():
+    """Registered once and for all: JAX 0.6 cannot unregister a listener."""
 
     def listen(event, duration, **_):
         if event == "/jax/core/compile/backend_compile_duration":
-            events.append(duration)
+            for events in _COUNTS:
+                events.append(duration)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
+
+
+@contextlib.contextmanager
+def counted_compilations():
+    """A list that gets one entry for each compilation in the block."""
+    _listen()
+    events: list[float] = []
+    _COUNTS.append(events)
     try:
         yield events
     finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
+        _COUNTS[:] = [open_list for open_list in _COUNTS if open_list is not events]
 
 
 class Counter:

@@ -134,7 +134,8 @@ def test_the_tables_from_end_to_end(any_data, small_net, tmp_path, capsys, monke
     # What is kept is neither trained nor measured again.
     monkeypatch.setattr(train, "train", lambda *args, **options: pytest.fail("trained again"))
     monkeypatch.setattr(arms, "final", lambda *args, **options: pytest.fail("measured again"))
-    assert run.main(words) == 0 and capsys.readouterr().out.splitlines()[-1].startswith("results in")
+    again = [*words, "overwrite=true"]
+    assert run.main(again) == 0 and capsys.readouterr().out.splitlines()[-1].startswith("results in")
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_class_structure(out, capsys):
         assert -1 <= record["shuffled"] <= record["shuffled_max"] <= 1
     redraws_alike(out, "fig2")  # t-SNE with a fixed seed too: what is drawn is kept
     before = (out / "fig2" / "figure.png").read_bytes()
-    ran(out, capsys, "fig2", "shuffles=5")
+    ran(out, capsys, "fig2", "shuffles=5", "overwrite=true")
     assert (out / "fig2" / "figure.png").read_bytes() == before
 
 

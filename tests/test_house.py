@@ -19,9 +19,11 @@ ALLOWED = {"jax", "numpy", "scipy", "optax"}
 
 # Each floor may import those above it only: DESIGN.md, "The house".
 FLOORS = [
+    {"_checks", "_programs", "_softmax"},
     {"batches", "objective"},
     {"layers"},
     {"operators"},
+    {"_diagnosis", "_noise"},
     {"trace"},
     {"lanczos", "structure", "regularizer"},
     {"spectrum", "transform"},

@@ -65,7 +65,7 @@ def test_a_plain_loss_has_no_gauss_newton_trace():
     plain = table(plain=True)
     assert all(record.ggn_trace is None for record in plain.values())
     for layer in LAYERS:
-        assert plain[layer].trace == table()[layer].trace
+        np.testing.assert_allclose(plain[layer].trace.mean, table()[layer].trace.mean, rtol=1e-5)
     assert [line.split()[0] for line in str(plain).splitlines() if line[0] != "-"] == ["layer", *LAYERS]
 
 

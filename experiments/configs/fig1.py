@@ -45,7 +45,7 @@ class Config(figures.Config):
 
 
 def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> None:
-    """Trains (or finds) the net, measures it, saves the numbers and prints the table."""
+    """Trains (or finds) the net, measures it and saves the numbers."""
     dataset = figures.load(config, config.dataset, data_dir)
     model, trained = figures.net(config, config.model, dataset, out_dir)
     accuracy = 1 - float(trained.history["test_error"][-1])
@@ -80,7 +80,6 @@ def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> N
         layers=layers,
     )
     seconds = time.perf_counter() - start
-    print(f"curvature at {len(batch['label'])} training images, measured in {seconds:.0f} s:\n{table}")
 
     arrays = {name: array for kind in spectra for name, array in measure.pack(spectra[kind], kind).items()}
     results.save_arrays(out_dir / "numbers.npz", arrays)
@@ -91,6 +90,7 @@ def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> N
             "images": len(batch["label"]),
             "seconds_measuring": seconds,
             "summary": table.to_dict(),
+            "table": str(table).splitlines(),
             "distances": {kind: measure.distances(spectra[kind]) for kind in spectra},
             "history": {name: values.tolist() for name, values in trained.history.items()},
         },
@@ -98,8 +98,11 @@ def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> N
 
 
 def draw(out_dir: pathlib.Path) -> None:
-    """Draws the figure from the saved numbers."""
+    """Draws the figure from the saved numbers, and prints the table."""
     config, numbers = results.load_json(out_dir / "config.json"), results.load_json(out_dir / "numbers.json")
+    if "table" in numbers:
+        print(f"curvature at {numbers['images']} training images, measured in {numbers['seconds_measuring']:.0f} s:")
+        print(*numbers["table"], sep="\n")
     arrays = results.load_arrays(out_dir / "numbers.npz")
     spectra = {kind: measure.unpack(arrays, kind) for kind in config["curvatures"]}
     words = {kind: figures.how(config) for kind in spectra}

@@ -42,8 +42,7 @@ class Config(figures.Config):
 def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> None:
     """Trains (or finds) the nets, measures them and saves the numbers."""
     arrays, numbers = {}, {}
-    for dataset_name in config.dataset:
-        dataset = figures.load(config, dataset_name, data_dir)
+    for dataset_name, dataset in figures.load_all(config, data_dir).items():
         for model_name in config.model:
             name = figures.about(dataclasses.asdict(config), model_name, dataset_name)
             record = numbers[name] = {"distances": {}, "lambda_max": {}, "test_error": []}

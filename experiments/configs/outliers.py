@@ -39,8 +39,7 @@ class Config(figures.Config):
 def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> None:
     """Trains (or finds) the nets, counts, and saves the numbers and the spectra."""
     arrays, numbers = {}, {}
-    for name in config.dataset:
-        dataset = figures.load(config, name, data_dir)
+    for name, dataset in figures.load_all(config, data_dir).items():
         record = numbers[name] = {"num_classes": dataset.num_classes, "test_error": [], "outliers": {}}
         for trial in range(config.trials):
             seeded = dataclasses.replace(config, seed=config.seed + trial)

@@ -10,6 +10,7 @@ from functools import partial
 
 import flax.linen as nn
 
+from experiments import names
 from experiments.models.densenet import DenseNet
 from experiments.models.lenet import LeNet
 from experiments.models.mlp import MLP
@@ -45,8 +46,7 @@ def build(name: str, num_classes: int, **options) -> nn.Module:
     Raises:
       ValueError: for an unknown name or option.
     """
-    if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}; choose from {sorted(MODELS)}")
+    names.check("model", name, MODELS)
     model = partial(MODELS[name])  # of a class or of a partial, with its keywords
     fields = set(model.func.__dataclass_fields__) - {"parent", "name", "num_classes", *model.keywords}
     unknown = set(options) - fields
