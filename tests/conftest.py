@@ -14,7 +14,9 @@ QUICK = ["backend_optimization_level=0", "llvm_disable_expensive_passes=true", "
 if jax.__version_info__ < (0, 11):  # later XLA has no such flag, and stops at one that it does not know
     QUICK.append("cpu_use_fusion_emitters=false")
 if os.environ.get("JAXHESS_TEST_XLA") != "default":
-    os.environ["XLA_FLAGS"] = " ".join([*(f"--xla_{flag}" for flag in QUICK), os.environ.get("XLA_FLAGS", "")])  # children inherit it
+    os.environ["XLA_FLAGS"] = " ".join(
+        [*(f"--xla_{flag}" for flag in QUICK), os.environ.get("XLA_FLAGS", "")]
+    )  # children inherit it
 
 CACHE = pathlib.Path(os.environ.get("JAXHESS_TEST_CACHE", pathlib.Path(__file__).parent.parent / ".cache" / "jax"))
 
