@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help demo test test-all lint docs docs-serve notebooks gpu clean
+.PHONY: help demo test test-all test-oldest test-newest lint docs docs-serve notebooks gpu clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -15,6 +15,12 @@ test: $(VENV)/test  ## the tests; real data sets too where JAXHESS_DATA_DIR says
 
 test-all: $(VENV)/test  ## the tests with the slow, full-size ones
 	$(BIN)/python -m pytest -n 2 --max-worker-restart 0 --dist loadfile
+
+test-oldest:  ## the library's tests on the oldest JAX that setup.cfg admits, in an environment of its own
+	.ci/library oldest
+
+test-newest:  ## and on the newest JAX and Python
+	.ci/library newest
 
 lint: $(VENV)/lint  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -49,4 +55,4 @@ $(VENV)/%: setup.cfg pyproject.toml
 	@touch $@
 
 clean:  ## remove the environment and caches
-	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache build *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-newest .cache .pytest_cache .ruff_cache .mypy_cache build *.egg-info

@@ -14,7 +14,7 @@ runs/EXPERIMENT-MODEL-DATASET), ``redraw``, ``keep``, ``overwrite`` (replaces a 
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import importlib.metadata
 import inspect
 import json
 import pkgutil
@@ -28,6 +28,8 @@ from types import ModuleType
 from typing import Any
 
 from experiments import configs, interrupts, names
+
+NEEDED_JAX = (0, 10)  # as setup.cfg has it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +128,7 @@ def main(words: Sequence[str]) -> int:
 
 def _guarded(function, *args, debug=False):
     try:
+        _check_jax(importlib.metadata.version("jax"))
         function(*args)
     except ValueError as error:
         if debug:
@@ -136,6 +139,15 @@ def _guarded(function, *args, debug=False):
         print(interrupts.say(), file=sys.stderr)
         return 130
     return 0
+
+
+def _check_jax(version):
+    """ValueError for a JAX that is too old for the experiments; the library takes older ones."""
+    if tuple(map(int, version.split(".")[:2])) < NEEDED_JAX:
+        needed = ".".join(map(str, NEEDED_JAX))
+        raise ValueError(
+            f"the experiments need JAX {needed} or later, and this is {version}; pip install -U -e '.[experiments]'"
+        )
 
 
 def _run(name, words):

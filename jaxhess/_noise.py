@@ -12,12 +12,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from jaxhess._checks import at_least_float32
-from jaxhess.operators import coarsest_eps, perturbed, to_host
+from jaxhess.operators import coarsest_eps, own_eps, perturbed, to_host
 
 PyTree = Any
 _MOVES = 2  # perturbed parameters that are tried
@@ -58,7 +56,7 @@ def noise(
     Raises:
       ValueError: if products do not repeat themselves, or are those of a matrix that is not symmetric.
     """
-    eps, own = coarsest_eps(product, like), _own_eps(like)
+    eps, own = coarsest_eps(product, like), own_eps(like)
     found, products = {}, {}
     for name, run in runs.items():
         operator, scale = wrap(product, name), float(np.abs(run.values).max())
@@ -90,11 +88,6 @@ def _growth(products, scale):
     """From the noise of any vector's product to that of the largest eigenvalue's, taken to be as large a share."""
     size = float(np.max(_norms(products)))
     return scale / size if size else 0.0
-
-
-def _own_eps(like):
-    """Rounding of the precision that products are taken in, which is that of ``like`` but at least float32."""
-    return max(float(jnp.finfo(at_least_float32(x)).eps) for x in jax.tree.leaves(like))
 
 
 def _apply(operator, vectors):

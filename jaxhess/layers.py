@@ -339,9 +339,9 @@ def _inner(eqn, ins, uses):
         return [_merge(*tags) for tags in zip(*(_walk(branch, ins[1:], uses) for branch in branches), strict=True)]
     if name in ("scan", "while", "cond"):
         warnings.warn(
-            f"jaxhess cannot read the {name!r} of JAX {jax.__version__}: layers that are used in it come in the order "
-            f"of the parameters' leaves, and arrays that hold many layers are not split. All numbers stay right. "
-            f"Choose layers and their order with layers=, and please report this",
+            f"jaxhess cannot read the {name!r} of JAX {jax.__version__}: the layers used in it come in the order of "
+            f"the parameters' leaves, and arrays that hold many layers are not split. The numbers are right all the "
+            f"same. Write layers= for another order, and please report this",
             stacklevel=2,
         )
     elif len(jaxprs) == 1 and _fits(jaxprs[0], ins, eqn.outvars):  # jit, checkpoint, custom_jvp, custom_vjp, shard_map

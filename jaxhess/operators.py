@@ -234,27 +234,34 @@ def perturbed(operator: Partial, key: jax.Array, size: float) -> Partial | None:
 def jitter(key: jax.Array, tree: PyTree, size: float) -> PyTree:
     """A tree with every number moved by a relative ``size``, up or down."""
     leaves, treedef = jax.tree.flatten(tree)
-    keys = jax.random.split(key, len(leaves))
-    signs = [jax.random.rademacher(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(
-        treedef, [x * (1 + jnp.asarray(size, x.dtype) * s) for x, s in zip(leaves, signs, strict=True)]
-    )
+    ends = np.cumsum([x.size for x in leaves])
+    # One draw, cut into leaves: XLA takes many times as long to compile a draw for each leaf.
+    signs = jnp.split(jax.random.rademacher(key, (int(ends[-1]),), jnp.int8), ends[:-1])
+    factors = [
+        1 + jnp.asarray(size, x.dtype) * s.reshape(x.shape).astype(x.dtype) for s, x in zip(signs, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, [x * f for x, f in zip(leaves, factors, strict=True)])
 
 
 def coarsest_eps(operator: Partial, like: PyTree) -> float:
     """The rounding of the coarsest floating-point type that an operator rounds to on the way, by its program.
 
-    That of ``like`` where it is the coarsest, or where JAX cannot trace the operator.
+    `own_eps` where that is the coarsest, or where JAX cannot trace the operator.
     """
     if isinstance(operator.func, _Block):
         return coarsest_eps(*operator.args)
     if isinstance(operator.func, _OverBatches):
         operator = Partial(operator.func.product, *operator.args, first_batch(operator.func.batches))
-    own = max(float(jnp.finfo(jnp.result_type(x)).eps) for x in jax.tree.leaves(like))
+    own = own_eps(like)
     try:
         return max(own, rounding_of(_call, operator, like))
     except Exception:  # a function of the host may raise anything when it is traced
         return own
+
+
+def own_eps(like: PyTree) -> float:
+    """Rounding of the precision that products are taken in, which is that of ``like`` but at least float32."""
+    return max(float(jnp.finfo(at_least_float32(x)).eps) for x in jax.tree.leaves(like))
 
 
 def _call(operator, v):

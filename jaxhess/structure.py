@@ -20,7 +20,7 @@ from jaxhess._diagnosis import NotFiniteError, why_not_finite
 from jaxhess.batches import Batches
 from jaxhess.layers import Layer, find_layers, layer_names
 from jaxhess.objective import CrossEntropy, NoFactorError, Objective, factored, outputs_of
-from jaxhess.operators import jitter, prepare, rounding_of, to_host
+from jaxhess.operators import jitter, own_eps, prepare, rounding_of, to_host
 
 PyTree = Any
 _TRIED = 2  # examples, and perturbed parameters, that the rounding of rows is seen at
@@ -91,7 +91,7 @@ def gram_eigenvalues(
     Each comes with its rounding, as a share of the largest: of the products, and of the rows themselves.
     """
     grams, noise = _gram_matrices(loss, params, batch, layers, max_bytes, progress)
-    least = 10 * _eps(params)
+    least = 10 * own_eps(params)
     return {name: (_nonzero(grams[name], least), max(least, noise[name])) for name in grams if name in names}
 
 
@@ -253,7 +253,7 @@ def class_structures(loss, params, batch, num_classes, layers, weighting, max_by
     grams, _ = _gram_matrices(loss, params, batch, layers, max_bytes, progress)
     weights = (np.ones_like(probabilities) if weighting == "legacy_sqrt_p" else probabilities) / len(labels)
     wanted = ["total"] if only_total else grams
-    return {name: _class_structure(grams[name], weights, labels, _eps(params)) for name in wanted}
+    return {name: _class_structure(grams[name], weights, labels, own_eps(params)) for name in wanted}
 
 
 def _class_structure(gram, weights, labels, eps):
@@ -318,7 +318,7 @@ def _gram_matrices(loss, params, batch, layers, max_bytes, progress):
             "join them into one, or use method='lanczos'"
         )
     layers = tuple(layers)
-    params, batch = jax.tree.map(_automatic, (params, batch))
+    params, batch = _off_explicit_meshes(loss, params, batch)
     outputs = _outputs(loss, params, batch)
     if not bool(jnp.isfinite(outputs).all()):
         raise NotFiniteError(why_not_finite("ggn", loss, params, batch))
@@ -374,7 +374,7 @@ def _row_noise(loss, groups, of_examples, params, batch, examples):
 
     Of the examples with the largest rows. An eigenvalue is a square, hence the 2; 3 is for what a few rows miss.
     """
-    eps = max(_eps(params), rounding_of(loss.predict, params, batch))
+    eps = max(own_eps(params), rounding_of(loss.predict, params, batch))
     change, size = {"total": 0.0}, {"total": 0.0}
     factor = _factor(loss, params, batch)
     moved = [jitter(jax.random.key(number), params, eps) for number in range(_TRIED)]
@@ -398,6 +398,25 @@ def _row_noise(loss, groups, of_examples, params, batch, examples):
 def _squares(rows, others):
     """For each layer the squared norms of the difference and of the rows."""
     return [jnp.sum((a - b) ** 2) for a, b in zip(rows, others, strict=True)], [jnp.sum(a**2) for a in rows]
+
+
+class NoGramError(ValueError):
+    """A net of which the rows of the Gram matrix cannot be taken."""
+
+
+def _off_explicit_meshes(loss, params, batch):
+    """Parameters and batch on meshes whose axes the compiler handles; NoGramError where the net needs other ones."""
+    moved = jax.tree.map(_automatic, (params, batch))
+    if any(x is not y for x, y in zip(jax.tree.leaves(moved), jax.tree.leaves((params, batch)), strict=True)):
+        try:
+            jax.eval_shape(partial(outputs_of, loss), *moved)
+        except Exception as error:  # whatever jax says of the wrong mesh
+            raise NoGramError(
+                f"rows of the Gram matrix are cut from arrays on a mesh with automatic axes, and the net, as with "
+                f"shard_map, takes its own with explicit ones only ({error}); use method='lanczos', or 'auto', which "
+                f"then is that, or make the mesh with axis_types=(jax.sharding.AxisType.Auto, ...)"
+            ) from error
+    return moved
 
 
 def _automatic(x):
@@ -424,11 +443,6 @@ def _groups(layers, params, rows_each, count, max_bytes):
         else:
             groups[i] += (layer,)
     return [(group, min(count, max(1, max_bytes // max(1, sum(map(sizes.get, group)))))) for group in groups]
-
-
-def _eps(params):
-    """Rounding of the coarsest type on the way."""
-    return max(float(jnp.finfo(jnp.result_type(x)).eps) for x in jax.tree.leaves(params))
 
 
 def _nonzero(gram, rtol, scale=None):

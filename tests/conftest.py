@@ -4,8 +4,19 @@ import importlib
 import os
 import pathlib
 
+import helpers
 import jax
 import pytest
+
+# Most of the time of the tests goes into compiling programs that run once. So XLA optimises little, which takes a third
+# of the time. JAXHESS_TEST_XLA=default compiles as users do; `make test-all` does so.
+QUICK = ["backend_optimization_level=0", "llvm_disable_expensive_passes=true", "cpu_parallel_codegen_split_count=1"]
+if jax.__version_info__ < (0, 11):  # later XLA has no such flag, and stops at one that it does not know
+    QUICK.append("cpu_use_fusion_emitters=false")
+if os.environ.get("JAXHESS_TEST_XLA") != "default":
+    os.environ["XLA_FLAGS"] = " ".join(
+        [*(f"--xla_{flag}" for flag in QUICK), os.environ.get("XLA_FLAGS", "")]
+    )  # children inherit it
 
 CACHE = pathlib.Path(os.environ.get("JAXHESS_TEST_CACHE", pathlib.Path(__file__).parent.parent / ".cache" / "jax"))
 
@@ -29,6 +40,13 @@ def x64():
     """Double precision for one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def start():
+    """`helpers.processes` for one test."""
+    with helpers.processes() as popen:
+        yield popen
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
+import signal
+import subprocess
 from collections.abc import Callable
 from typing import Any
 
@@ -359,6 +362,40 @@ def bulk(name, count, seed=0) -> np.ndarray:
         case "exponential decay":
             return 10.0 ** np.linspace(0, -6, count)
     raise KeyError(name)
+
+
+# ---- other processes ----
+
+
+@contextlib.contextmanager
+def interruptible():
+    """SIGINT interrupts in the block, and what starts there, where it is ignored: in a script's job or under nohup."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def processes():
+    """Popen for programs that SIGINT interrupts and that end with the block, and all that they started with them."""
+    started = []
+
+    def popen(*args, **options):
+        with interruptible():
+            started.append(subprocess.Popen(*args, start_new_session=True, **options))
+        return started[-1]
+
+    try:
+        yield popen
+    finally:
+        for process in started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        for process in started:
+            with process:  # waits, and closes the pipes
+                pass
 
 
 # ---- counting ----

@@ -17,7 +17,7 @@ SHAPES = {"svhn_cropped": (32, 32, 3), "cifar10": (32, 32, 3), "cifar100": (32, 
 
 @pytest.fixture
 def any_data(monkeypatch):
-    """Made data of two steps in place of every data set."""
+    """Made data in place of every data set."""
 
     def load(name, data_dir=None, **options):
         return made_dataset(512, 20, SHAPES.get(name, (28, 28, 1)), 100 if name == "cifar100" else 10, name)
@@ -31,8 +31,11 @@ class Small(models.MLP):
 
 @pytest.fixture
 def small_net(monkeypatch):
-    """A small MLP in place of LeNet, where the net does not matter."""
+    """A small MLP in place of LeNet, where the net does not matter; two probes for ten, and 64 images for 256."""
     monkeypatch.setitem(models.MODELS, "lenet", Small)
+    for dataset in ("mnist", "fashion_mnist"):
+        row = dataclasses.replace(arms.ROWS["lenet", dataset], num_probes=2, batch_size=64)
+        monkeypatch.setitem(arms.ROWS, ("lenet", dataset), row)
 
 
 @pytest.fixture
@@ -43,9 +46,11 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-# Every arm on LeNet; on the other nets, which take long to compile, the one that has most to do.
+# Every arm on LeNet; on the other nets, which take long to compile, the one that has most to do. Not slow: every arm,
+# every shape of images, and a net with batch norm.
+QUICK = {("lenet", "svhn_cropped", "htr_l2"), ("vgg11_bn", "cifar100", "htr_middle")}
 ROWS = [
-    (*names, arm)
+    pytest.param(*names, arm, marks=[] if names[1] == "mnist" or (*names, arm) in QUICK else pytest.mark.slow)
     for names, row in arms.ROWS.items()
     for arm in arms.ARMS
     if row.paper and (names[0] == "lenet" or arm == "htr_middle")

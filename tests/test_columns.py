@@ -94,7 +94,7 @@ def test_the_error_of_the_distance_covers(shape):
         distance, error = jh.wasserstein(spec, exact, with_error=True)
         assert distance == jh.wasserstein(spec, exact)
         ratios.append(distance / error)
-    assert np.mean(np.array(ratios) < 2) >= 0.95
+    assert np.mean(np.array(ratios) < 2) >= 0.9  # of two points it is a standard error and no bound: 0.954
     assert np.mean(ratios) > 0.2  # a bound, and not an empty one
 
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 import test_sharding as shared
-from helpers import distance
+from helpers import distance, processes
 
 HERE = pathlib.Path(__file__).parent
 
@@ -23,20 +23,17 @@ def of_two_processes(tmp_path_factory):
     out = tmp_path_factory.mktemp("distributed") / "found.npz"
     path = os.pathsep.join(map(str, (HERE, HERE.parent)))
     environment = {**os.environ, "PYTHONPATH": path, "JAXHESS_TEST_CACHE": jax.config.jax_compilation_cache_dir}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "distributed_worker.py"), str(number), "2", str(port), str(out)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(2)
-    ]
-    try:
+    with processes() as start:
+        workers = [
+            start(
+                [sys.executable, str(HERE / "distributed_worker.py"), str(number), "2", str(port), str(out)],
+                env=environment,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for number in range(2)
+        ]
         errors = [worker.communicate(timeout=600)[1] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
     assert [worker.returncode for worker in workers] == [0, 0], "\n".join(errors)
     return dict(np.load(out))
 

@@ -786,3 +786,57 @@ def test_a_net_so_steep_that_its_curvature_overflows():
         ValueError, match=r"not finite for \['w', 'total'\]: .*overflow where they are multiplied; scale"
     ):
         jh.layer_traces(objective, {"w": jnp.zeros(1)}, batch, key=KEY, num_probes=2, curvature="ggn")
+
+
+# ---- nets that are mapped over a mesh ----
+
+
+@pytest.fixture(scope="module")
+def mapped():
+    """A net under shard_map on a mesh with explicit axes, and the same parameters and batch on one device."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    whole, parts = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("data")
+
+    def predict(params, batch):
+        one = jax.shard_map(lambda p, x: helpers.mlp(p, {"x": x}), mesh=mesh, in_specs=(whole, parts), out_specs=parts)
+        return one(params, batch["x"])
+
+    batch = {"x": normal(1, 8, 3), "y": normal(2, 8, 3)}
+    spread = {name: jax.sharding.NamedSharding(mesh, spec) for name, spec in {"p": whole, "b": parts}.items()}
+    criterion = jh.SquaredError(labels=lambda batch: batch["y"])
+    there = (
+        jh.Objective(predict, criterion),
+        jax.device_put(P.params, spread["p"]),
+        jax.device_put(batch, spread["b"]),
+    )
+    return there, (jh.Objective(helpers.mlp, criterion), P.params, batch)
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+def test_auto_is_lanczos_where_a_mapped_net_has_no_gram_matrix(mapped, curvature):
+    (found, expected) = (
+        jh.layer_spectra(*at, key=KEY, num_steps=40, curvature=curvature, method=method)
+        for at, method in zip(mapped, ("auto", "lanczos"), strict=True)
+    )
+    for name, spec in expected.items():
+        np.testing.assert_allclose(found[name].nodes, spec.nodes, atol=1e-4 * abs(spec.nodes).max())
+
+
+def test_the_table_of_a_mapped_net(mapped):
+    found, expected = (
+        jh.summarize(*at, key=KEY, num_steps=40, num_probes=2, method=method)
+        for at, method in zip(mapped, ("auto", "lanczos"), strict=True)
+    )
+    for name, record in expected.items():
+        assert found[name].lambda_max == pytest.approx(record.lambda_max, rel=1e-3)
+        assert found[name].ggn_trace.mean == pytest.approx(record.ggn_trace.mean, rel=1e-4)
+
+
+def test_the_gram_matrix_of_a_mapped_net_says_what_works(mapped):
+    message = r"shard_map.*explicit.*method='lanczos', or 'auto'.*AxisType.Auto"
+    for call in (
+        lambda: jh.ggn_eigenvalues(*mapped[0]),
+        lambda: jh.layer_spectra(*mapped[0], key=KEY, curvature="ggn", method="gram"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -17,6 +17,7 @@ import time
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import interruptible
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -351,9 +352,10 @@ def test_a_checkpoint_that_cannot_be_read_is_left_alone(tmp_path, monkeypatch):
 
 @pytest.fixture
 def handled():
-    """SIGTERM as the exception that Ctrl-C is."""
+    """SIGTERM as the exception that Ctrl-C is, and Ctrl-C heard."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    yield
+    with interruptible():
+        yield
     signal.signal(signal.SIGTERM, before)
 
 
@@ -369,13 +371,12 @@ def test_a_signal_while_writing_leaves_what_was_there(tmp_path, handled, number)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_command_with_its_status_and_whole_checkpoints(tmp_path, number):
+def test_a_signal_ends_the_command_with_its_status_and_whole_checkpoints(start, tmp_path, number):
     out = tmp_path / "out"
     words = ["demo", "model=mlp", "epochs=5000", "batch_size=1500", f"out={out}"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    child = subprocess.Popen(
-        [sys.executable, "-m", "experiments.run", *words], env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
+    words = [sys.executable, "-m", "experiments.run", *words]
+    child = start(words, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 300
     while not list(out.glob("*.checkpoints/[1-9]*[0-9]")) and child.poll() is None and time.monotonic() < end:
         time.sleep(0.05)

@@ -108,6 +108,15 @@ def test_in_full_precision_the_noise_is_rounding():
     assert found.residuals.max() < 1e-4 * found.lambda_max
 
 
+def test_parameters_in_bfloat16_are_taken_in_float32_and_their_noise_is_that():
+    p = problem("mlp")
+    half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), p.params)
+    same = dataclasses.replace(p, params=jax.tree.map(lambda x: np.asarray(x, np.float32), half))
+    truth = np.linalg.eigvalsh(helpers.dense(same, "hessian"))
+    found = jh.spectrum(jh.hessian(p.objective, half, p.batch), like=half, key=jax.random.key(0))
+    assert abs(found.lambda_max - truth[-1]) <= found.residuals[-1] < 1e-4 * truth[-1]
+
+
 # ---- operators that are none ----
 
 

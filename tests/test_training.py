@@ -150,7 +150,7 @@ def long_training(out):
     return results.load_arrays(path)
 
 
-def kill_and_resume(tmp_path, kills, seed):
+def kill_and_resume(start, tmp_path, kills, seed):
     """Kills a run again and again, each time a random number of epochs and milliseconds after it went on."""
     expected, draw, killed = long_training(tmp_path / "whole" / "out"), random.Random(seed), 0
     assert expected["records/epoch"].tolist() == list(range(13))
@@ -160,9 +160,7 @@ def kill_and_resume(tmp_path, kills, seed):
     while killed < kills:
         out = tmp_path / f"from{killed}" / "out"
         while killed < kills and not list(out.glob("net-*")):
-            child = subprocess.Popen(
-                [sys.executable, "-c", code, str(out)], env=environment, stdout=subprocess.PIPE, text=True
-            )
+            child = start([sys.executable, "-c", code, str(out)], env=environment, stdout=subprocess.PIPE, text=True)
             for _ in range(draw.randint(1, 6)):
                 child.stdout.readline()
             time.sleep(draw.uniform(0, 0.1))
@@ -173,13 +171,13 @@ def kill_and_resume(tmp_path, kills, seed):
         assert_trees_all_equal(long_training(out), expected)
 
 
-def test_killed_runs_go_on_bitwise(tmp_path):
-    kill_and_resume(tmp_path, 3, seed=0)
+def test_killed_runs_go_on_bitwise(start, tmp_path):
+    kill_and_resume(start, tmp_path, 3, seed=0)
 
 
 @pytest.mark.slow
-def test_twenty_killed_runs_go_on_bitwise(tmp_path):
-    kill_and_resume(tmp_path, 20, seed=1)
+def test_twenty_killed_runs_go_on_bitwise(start, tmp_path):
+    kill_and_resume(start, tmp_path, 20, seed=1)
 
 
 class Stop(Exception):
