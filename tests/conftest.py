@@ -7,9 +7,9 @@ import pathlib
 # Before NumPy and scikit-learn are imported: threads of several tests at once on few cores wait for each other.
 os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
-import helpers  # noqa: E402
-import jax  # noqa: E402
-import pytest  # noqa: E402
+import helpers
+import jax
+import pytest
 
 # Most of the time of the tests goes into compiling programs that run once. So XLA optimises little, and they take less
 # than half of the time. JAXHESS_TEST_XLA=default compiles as users do; `make test-all` sets it. Children inherit both.
@@ -17,13 +17,7 @@ QUICK = ["backend_optimization_level=0", "llvm_disable_expensive_passes=true", "
 if jax.__version_info__ < (0, 11):  # later ones stop at this flag, which they do not know
     QUICK.append("cpu_use_fusion_emitters=false")
 if os.environ.get("JAXHESS_TEST_XLA") != "default":
-<<<<<<< HEAD
-    os.environ["XLA_FLAGS"] = " ".join(
-        [*(f"--xla_{flag}" for flag in QUICK), os.environ.get("XLA_FLAGS", "")]
-    )  # children inherit it
-=======
     os.environ["XLA_FLAGS"] = " ".join([*(f"--xla_{flag}" for flag in QUICK), os.environ.get("XLA_FLAGS", "")])
->>>>>>> speed
 
 CACHE = pathlib.Path(os.environ.get("JAXHESS_TEST_CACHE", pathlib.Path(__file__).parent.parent / ".cache" / "jax"))
 

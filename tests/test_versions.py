@@ -1,7 +1,5 @@
-"""Old and new versions of JAX: loops are read whatever JAX calls their parts, and what is required is what is written."""
+"""Old and new versions of JAX: loops are read whatever JAX calls their parts, and required is what is written."""
 
-import ast
-import configparser
 import importlib
 import importlib.metadata
 import pathlib
