@@ -1,8 +1,6 @@
-"""Old and new versions of JAX: loops are read whatever JAX calls their parts, and required is what is written."""
+"""Old and new versions of JAX: loops are read whatever JAX calls their parts, and wrong numbers are kept out."""
 
 import importlib
-import importlib.metadata
-import pathlib
 import re
 import types
 
@@ -19,7 +17,6 @@ import jaxhess as jh
 from jaxhess import _versions, layers
 
 X = helpers.normal(0, 4, 3)
-ROOT = pathlib.Path(jh.__file__).parent.parent
 
 
 def square(seed):
