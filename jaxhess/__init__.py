@@ -1,5 +1,6 @@
 """Curvature of neural networks in JAX, layer by layer."""
 
+import jaxhess._versions as _versions
 from jaxhess.batches import Batches as Batches
 from jaxhess.distances import count_outliers as count_outliers
 from jaxhess.distances import jensen_shannon as jensen_shannon
@@ -36,3 +37,5 @@ from jaxhess.trace import layer_traces as layer_traces
 from jaxhess.trace import trace as trace
 from jaxhess.transform import HessianTraceState as HessianTraceState
 from jaxhess.transform import add_hessian_trace as add_hessian_trace
+
+_versions.turn_off_stale_matrices()

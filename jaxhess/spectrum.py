@@ -230,8 +230,8 @@ def spectrum(
     Example:
       >>> import jax, jax.numpy as jnp, jaxhess as jh
       >>> spec = jh.spectrum(lambda v: jnp.arange(4.0) * v, like=jnp.zeros(4), key=jax.random.key(0))
-      >>> abs(spec.nodes - [0, 1, 2, 3]).max() < 1e-5
-      np.True_
+      >>> bool(abs(spec.nodes - [0, 1, 2, 3]).max() < 1e-5)
+      True
 
     Reference: Ubaru, Chen and Saad 2017, Fast estimation of tr(f(A)) via stochastic Lanczos quadrature; Lin, Saad
     and Yang 2016; Algorithm 2 of the paper.

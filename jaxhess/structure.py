@@ -428,7 +428,7 @@ def _automatic(x):
     """An array of a mesh with explicit axes, from which no row can be cut, as one whose axes the compiler handles."""
     if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and isinstance(x.sharding, NamedSharding):
         mesh = x.sharding.mesh
-        if any(kind != AxisType.Auto for kind in mesh.axis_types):
+        if set(mesh.axis_types) != {AxisType.Auto}:
             return jax.device_put(x, NamedSharding(Mesh(mesh.devices, mesh.axis_names), x.sharding.spec))
     return x
 

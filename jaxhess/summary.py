@@ -72,7 +72,7 @@ class Summary(Mapping):
     Example:
       >>> import jax, jax.numpy as jnp, jaxhess as jh
       >>> table = jh.summarize(lambda w, batch: jnp.sum(w**2), jnp.ones(3), None, key=jax.random.key(0))
-      >>> table.to_dict()["total"]["lambda_max"], table.spectra["total"].dim
+      >>> round(table.to_dict()["total"]["lambda_max"], 4), table.spectra["total"].dim
       (2.0, 3)
 
     Reference: as `summarize`.

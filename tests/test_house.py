@@ -19,7 +19,7 @@ ALLOWED = {"jax", "numpy", "scipy", "optax"}
 
 # Each floor may import those above it only: DESIGN.md, "The house".
 FLOORS = [
-    {"_checks", "_programs", "_softmax"},
+    {"_checks", "_programs", "_softmax", "_versions"},
     {"batches", "objective"},
     {"layers"},
     {"operators"},

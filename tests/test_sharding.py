@@ -10,7 +10,6 @@ from helpers import distance, labels, normal, problem, ravel
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxhess as jh
-from experiments.checkpoints import Checkpoints
 from jaxhess.trace import random_like
 
 P = problem("mlp")
@@ -148,6 +147,9 @@ def test_a_run_that_lost_devices_goes_on_on_fewer(tmp_path, mesh):
         return params, state
 
     one, _ = steps(4, P.params, tx.init(P.params), BATCH)
+
+    pytest.importorskip("orbax.checkpoint")
+    from experiments.checkpoints import Checkpoints
 
     params = spread_params(mesh, P.params)
     kept = Checkpoints(tmp_path, {"run": "one"})
