@@ -95,7 +95,7 @@ def _is_array(leaf):
         return True
     try:  # the rare ones: types that JAX adds to NumPy's, and what else it knows
         jax.eval_shape(lambda x: x, leaf)
-    except TypeError:
+    except Exception:  # mostly a TypeError; what else, is up to the thing
         return False
     return True
 

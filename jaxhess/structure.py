@@ -320,6 +320,8 @@ def _gram_matrices(loss, params, batch, layers, max_bytes, progress):
     layers = tuple(layers)
     params, batch = _off_explicit_meshes(loss, params, batch)
     outputs = _outputs(loss, params, batch)
+    if _automatic(outputs) is not outputs:
+        raise NoGramError(f"its outputs are on {outputs.sharding}")
     if not bool(jnp.isfinite(outputs).all()):
         raise NotFiniteError(why_not_finite("ggn", loss, params, batch))
     loss = Objective(loss.predict, factored(loss.criterion, outputs, batch, max_classes=outputs.shape[-1]))
@@ -403,6 +405,13 @@ def _squares(rows, others):
 class NoGramError(ValueError):
     """A net of which the rows of the Gram matrix cannot be taken."""
 
+    def __init__(self, found: str):
+        super().__init__(
+            f"rows of the Gram matrix are cut from arrays on a mesh with automatic axes, and the net, as under "
+            f"shard_map, has its own mesh with explicit ones ({found}); use method='lanczos', or 'auto', which then is "
+            f"that, or make the mesh with axis_types=(jax.sharding.AxisType.Auto, ...)"
+        )
+
 
 def _off_explicit_meshes(loss, params, batch):
     """Parameters and batch on meshes whose axes the compiler handles; NoGramError where the net needs other ones."""
@@ -411,11 +420,7 @@ def _off_explicit_meshes(loss, params, batch):
         try:
             jax.eval_shape(partial(outputs_of, loss), *moved)
         except Exception as error:  # whatever jax says of the wrong mesh
-            raise NoGramError(
-                f"rows of the Gram matrix are cut from arrays on a mesh with automatic axes, and the net, as with "
-                f"shard_map, takes its own with explicit ones only ({error}); use method='lanczos', or 'auto', which "
-                f"then is that, or make the mesh with axis_types=(jax.sharding.AxisType.Auto, ...)"
-            ) from error
+            raise NoGramError(str(error)) from error
     return moved
 
 

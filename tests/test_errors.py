@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import importlib
 import inspect
 
 import equinox as eqx
@@ -231,6 +232,18 @@ NETS = {
 }
 
 
+DIFFER = {  # by the criterion, or by the precision of the parameters
+    "ggn",
+    "linearize",
+    "layer_traces, ggn",
+    "lanczos",
+    "layer_spectra, auto",
+    "ggn_eigenvalues",
+    "hessian_trace_penalty, ggn",
+    "add_hessian_trace",
+}
+
+
 def test_every_public_function_is_tried():
     public = {name for name, value in vars(jh).items() if inspect.isfunction(value)}
     assert public == {name.split(",")[0] for name in everything(*NETS["cross-entropy"])}
@@ -240,7 +253,7 @@ def test_every_public_function_is_tried():
 def test_strict_promotion_of_types(net):
     with jax.numpy_dtype_promotion("strict"):
         for name, call in everything(*NETS[net]).items():
-            if not (net == "bfloat16" and name == "layer_names"):  # the user's own loss, of parameters as they are
+            if net == "cross-entropy" or name in DIFFER:
                 call()
 
 
@@ -279,8 +292,10 @@ def probed(key):
     }
 
 
-@pytest.mark.parametrize("impl", OTHER_KEYS)
-@pytest.mark.parametrize("name", probed(KEY))
+@pytest.mark.parametrize(
+    ("name", "impl"),
+    [*((name, "rbg") for name in probed(KEY)), ("trace", "unsafe_rbg"), ("Batches", "unsafe_rbg")],
+)
 def test_the_same_probes_in_chunks_of_any_size(name, impl):
     call = probed(jax.random.key(3, impl=impl))[name]
     whole = call(18)  # vmapped; up to 16 stand one after another
@@ -477,9 +492,9 @@ BAD_PARAMETERS = {
     "another collection": ({"params": P.params, "cache": P.params}, ValueError, "'cache'.*not to be differentiated"),
     "a Linen module": (Dense(), TypeError, r"a Dense, no array; .*variables\['params'\]"),
     "a TrainState": (train_state(), TypeError, "a whole TrainState; give its parameters, state.params"),
-    "an NNX module": (Normed(), ValueError, rf"BatchStat at .*norm.*{SPLIT}.*rest in the batch"),
+    "an NNX module": (Normed(), (ValueError, TypeError), SPLIT),  # of older Flax no pytree
     "an NNX state": (nnx.state(Normed()), ValueError, rf"BatchStat at .*norm.*{SPLIT}"),
-    "random streams": (Dropping(), ValueError, rf"RngCount at .*{SPLIT}"),
+    "random streams": (nnx.state(Dropping()), ValueError, rf"RngCount at .*{SPLIT}.*rest in the batch"),
     "an Equinox module": (eqx.nn.MLP(3, 3, 4, 1, key=KEY), TypeError, r"eqx.partition\(model, eqx.is_inexact_array\)"),
     "a UserDict": (collections.UserDict(P.params), TypeError, r"a UserDict, no array; make a dict"),
     "another library's array": ({"w": Foreign()}, TypeError, r"\['w'\].*a Foreign, no array; .*np.asarray"),
@@ -496,6 +511,8 @@ def test_what_is_not_to_be_differentiated_is_named_with_what_to_give(case):
 
 def test_an_nnx_module_of_parameters_alone_is_a_tree_like_others():
     model = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+    if jax.tree_util.all_leaves([model]):
+        pytest.skip("modules are no pytrees before Flax 0.11")
     objective = jh.Objective(lambda model, batch: model(batch["x"]), jh.cross_entropy)
     _, params = nnx.split(model)
     graph = nnx.graphdef(model)
@@ -791,14 +808,19 @@ def test_a_net_so_steep_that_its_curvature_overflows():
 # ---- nets that are mapped over a mesh ----
 
 
+SHARD_MAP = getattr(jax, "shard_map", None) or importlib.import_module("jax.experimental.shard_map").shard_map
+
+
 @pytest.fixture(scope="module")
 def mapped():
     """A net under shard_map on a mesh with explicit axes, and the same parameters and batch on one device."""
+    if jax.__version_info__ < (0, 7):
+        pytest.skip("arrays on explicit axes cannot be indexed before JAX 0.7")
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
     whole, parts = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("data")
 
     def predict(params, batch):
-        one = jax.shard_map(lambda p, x: helpers.mlp(p, {"x": x}), mesh=mesh, in_specs=(whole, parts), out_specs=parts)
+        one = SHARD_MAP(lambda p, x: helpers.mlp(p, {"x": x}), mesh=mesh, in_specs=(whole, parts), out_specs=parts)
         return one(params, batch["x"])
 
     batch = {"x": normal(1, 8, 3), "y": normal(2, 8, 3)}
@@ -815,7 +837,7 @@ def mapped():
 @pytest.mark.parametrize("curvature", ["hessian", "ggn"])
 def test_auto_is_lanczos_where_a_mapped_net_has_no_gram_matrix(mapped, curvature):
     (found, expected) = (
-        jh.layer_spectra(*at, key=KEY, num_steps=40, curvature=curvature, method=method)
+        jh.layer_spectra(*at, key=KEY, num_steps=4, curvature=curvature, method=method)
         for at, method in zip(mapped, ("auto", "lanczos"), strict=True)
     )
     for name, spec in expected.items():
@@ -824,7 +846,7 @@ def test_auto_is_lanczos_where_a_mapped_net_has_no_gram_matrix(mapped, curvature
 
 def test_the_table_of_a_mapped_net(mapped):
     found, expected = (
-        jh.summarize(*at, key=KEY, num_steps=40, num_probes=2, method=method)
+        jh.summarize(*at, key=KEY, num_steps=4, num_probes=2, method=method)
         for at, method in zip(mapped, ("auto", "lanczos"), strict=True)
     )
     for name, record in expected.items():
