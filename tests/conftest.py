@@ -4,19 +4,20 @@ import importlib
 import os
 import pathlib
 
+# Before NumPy and scikit-learn are imported: threads of several tests at once on few cores wait for each other.
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
 import helpers
 import jax
 import pytest
 
-# Most of the time of the tests goes into compiling programs that run once. So XLA optimises little, which takes a third
-# of the time. JAXHESS_TEST_XLA=default compiles as users do; `make test-all` does so.
+# Most of the time of the tests goes into compiling programs that run once. So XLA optimises little, and they take less
+# than half of the time. JAXHESS_TEST_XLA=default compiles as users do; `make test-all` sets it. Children inherit both.
 QUICK = ["backend_optimization_level=0", "llvm_disable_expensive_passes=true", "cpu_parallel_codegen_split_count=1"]
-if jax.__version_info__ < (0, 11):  # later XLA has no such flag, and stops at one that it does not know
+if jax.__version_info__ < (0, 11):  # later ones stop at this flag, which they do not know
     QUICK.append("cpu_use_fusion_emitters=false")
 if os.environ.get("JAXHESS_TEST_XLA") != "default":
-    os.environ["XLA_FLAGS"] = " ".join(
-        [*(f"--xla_{flag}" for flag in QUICK), os.environ.get("XLA_FLAGS", "")]
-    )  # children inherit it
+    os.environ["XLA_FLAGS"] = " ".join([*(f"--xla_{flag}" for flag in QUICK), os.environ.get("XLA_FLAGS", "")])
 
 CACHE = pathlib.Path(os.environ.get("JAXHESS_TEST_CACHE", pathlib.Path(__file__).parent.parent / ".cache" / "jax"))
 
