@@ -55,32 +55,24 @@ def test_installing_does_nothing_where_all_is_there_and_says_what_it_needs_elsew
     assert f"{tmp_path / 'jaxhess'}[experiments]" in commands[1]
 
 
-@pytest.fixture(scope="module")
-def executed():
-    """{name: the notebook with its outputs}, each run once."""
-    found = {}
-
-    def run(name):
-        if name not in found:
-            found[name] = render.execute(name)
-        return found[name]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(conftest.CACHE))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
-        yield run
-
-
+# Of a notebook that trains: its length in the tests that are not slow.
+SHORT = {
+    "tour": {"epochs=8": "epochs=1", "measure_batch(digits, 10,": "measure_batch(digits, 2,"},
+    "htr_in_your_loop": {"epochs=60": "epochs=5", "range(8)": "range(2)", "1e-3, 3e-3, 1e-2, 3e-2": "1e-2,"},
+    "paper": {},
+}
 PRINTED = {
-    "tour": ["test accuracy 9", "conv1", "+-"],
+    "tour": ["test accuracy ", "conv1", "+-"],
     "htr_in_your_loop": ["gamma = 0.01", "left out 0", "p = "],
     "paper": ["CE + HTR", "silhouette", "HTR lowers the trace", "outliers of G_l", "generalisation gap at the end"],
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_it_runs(executed, name):
-    notebook = executed(name)
+def check(monkeypatch, name, changes):
+    """Runs a notebook; returns what it printed."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(conftest.CACHE))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    notebook = render.execute(name, changes=changes)
     outputs = [output for cell in code(notebook) for output in cell.outputs]
     printed = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
     for words in PRINTED[name]:
@@ -92,3 +84,21 @@ def test_it_runs(executed, name):
         (image,) = render.images(cell)
         assert 5_000 < len(image) < 120_000
         assert (render.FIGURES / f"{cell.metadata['figure']}.png").exists()
+    return printed
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_runs(monkeypatch, name):
+    check(monkeypatch, name, SHORT[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in NAMES if SHORT[name]])
+def test_it_runs_at_full_length(monkeypatch, name):
+    printed = check(monkeypatch, name, {})
+    assert name != "tour" or "test accuracy 9" in printed
+
+
+def test_words_to_change_that_are_not_there_are_named():
+    with pytest.raises(ValueError, match="'tour' has no cell with 'epochs=77'"):
+        render.execute("tour", changes={"epochs=77": "epochs=1"})
