@@ -143,7 +143,7 @@ def test_settings_that_are_newer_than_a_result_have_their_defaults(demo_run, cap
         del config[name]
     results.save_json(OUT / "config.json", config)
     assert run.main(["demo"]) == 0 and demo_run == [8]
-    assert "method is lanczos there, auto here" in error(capsys, "method=auto")
+    assert "method is auto there, lanczos here" in error(capsys, "method=lanczos")
 
 
 def test_numbers_that_were_deleted_are_computed_again(demo_run):
