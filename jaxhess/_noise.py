@@ -8,14 +8,15 @@ moved by one rounding, which every digit that the loss loses on its way makes la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.tree_util import Partial
 
-from jaxhess.operators import coarsest_eps, own_eps, perturbed, to_host
+from jaxhess._lanczos import Tridiagonal, ritz
+from jaxhess._trees import combine, own_eps, take_row, to_host
 
 PyTree = Any
 _MOVES = 2  # perturbed parameters that are tried
@@ -38,8 +39,16 @@ class Run(NamedTuple):
     residuals: np.ndarray | None
 
 
+def ritz_run(found: Tridiagonal, vectors_of: Sequence[int] | None = None) -> Run:
+    """The Ritz pairs of these numbers, by default the two extreme ones, with what the recurrence claims of them."""
+    values, coefficients, _ = ritz(found.alphas, found.betas)
+    some = sorted({0, len(values) - 1} if vectors_of is None else set(vectors_of))
+    claimed = np.abs(np.float64(found.betas[-1]) * coefficients[-1, some])
+    return Run(values[some], combine(found.basis, coefficients[:, some]), claimed)
+
+
 def noise(
-    product: Partial, wrap: Callable[[Partial, str], Callable], runs: Mapping[str, Run], like: PyTree, key: jax.Array
+    product: Any, wrap: Callable[[Partial, str], Callable], runs: Mapping[str, Run], like: PyTree, key: jax.Array
 ) -> dict[str, float]:
     """What every residual of a run has to be increased by, for the runs of one product.
 
@@ -56,7 +65,7 @@ def noise(
     Raises:
       ValueError: if products do not repeat themselves, or are those of a matrix that is not symmetric.
     """
-    eps, own = coarsest_eps(product, like), own_eps(like)
+    eps, own = product.func.rounding(*product.args, like), own_eps(like)
     found, products = {}, {}
     for name, run in runs.items():
         operator, scale = wrap(product, name), float(np.abs(run.values).max())
@@ -70,7 +79,7 @@ def noise(
         found[name] = _SAFETY * max(excess, 0.0) + (eps * scale if eps > own else 0.0)
     changes = dict.fromkeys(runs, 0.0)
     for number in range(_MOVES):
-        moved = perturbed(product, jax.random.fold_in(key, number), eps)
+        moved = product.func.perturbed(jax.random.fold_in(key, number), eps, *product.args)
         for name, run in runs.items():
             if moved is None:
                 there = _apply(wrap(product, name), _jittered(run.vectors, eps, number))
@@ -93,7 +102,7 @@ def _growth(products, scale):
 def _apply(operator, vectors):
     """Row by row, so that the one compiled product of Lanczos serves; in float64 on the host."""
     count = len(jax.tree.leaves(vectors)[0])
-    rows = [operator(jax.tree.map(lambda x, i=i: x[i], vectors)) for i in range(count)]
+    rows = [operator(take_row(vectors, i)) for i in range(count)]
     return jax.tree.map(lambda *parts: np.stack([to_host(part).astype(np.float64) for part in parts]), *rows)
 
 

@@ -1,11 +1,11 @@
 """What can be read off the program of a user's function, its jaxpr, without running it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.interpreters import partial_eval
 
 REVERSE_ONLY = (
     "What works as it is: Tr G of an Objective, layer_traces(..., curvature='ggn'), and its Gram matrix, "
@@ -30,6 +30,11 @@ def equations(jaxpr: Any, in_loop: bool = False) -> Iterator[tuple[Any, bool]]:
                 inner = getattr(item, "jaxpr", item)
                 if hasattr(inner, "eqns"):
                     yield from equations(inner, inside)
+
+
+def used_inputs(jaxpr: Any) -> list[bool]:
+    """For each input of a jaxpr whether its outputs depend on it, also through what is jitted inside."""
+    return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1]
 
 
 def check_forward_mode(
@@ -97,3 +102,16 @@ def _is_softmax(jaxpr, var):
     if [eqn and eqn.primitive.name for eqn in (exponential, total)] != ["exp", "reduce_sum"]:
         return False
     return origin(total.invars[0])[0] is above and tuple(total.params["axes"]) == (len(above.aval.shape) - 1,)
+
+
+def rounding_of(function: Callable, *args: Any) -> float:
+    """The rounding of the coarsest floating-point type that a program converts finer numbers to; 0 if it does not."""
+    return max((float(jnp.finfo(dtype).eps) for dtype in _roundings(program(function, *args))), default=0.0)
+
+
+def _roundings(jaxpr):
+    for eqn, _ in equations(jaxpr):
+        if eqn.primitive.name == "convert_element_type":
+            old, new = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
+            if all(jnp.issubdtype(x, jnp.floating) for x in (old, new)) and jnp.finfo(new).eps > jnp.finfo(old).eps:
+                yield new

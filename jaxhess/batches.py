@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhess._checks import check_arrays
+from jaxhess._slips import check_arrays
 
 PyTree = Any
 _MOST = 10_000  # batches of a loader that does not say its length, before it is taken to be endless

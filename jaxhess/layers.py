@@ -7,22 +7,21 @@ holds many) is written with its index, "blocks[3]/attn".
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import tree_util
-from jax.extend.core import Literal
 
-from jaxhess._checks import check_arrays, hints
+from jaxhess._order import first_uses
+from jaxhess._programs import program
+from jaxhess._slips import check_arrays, hints
 from jaxhess.batches import first_batch
 
 PyTree = Any
+Modules = dict[str, tuple[tuple, tuple[int, ...]]]  # of every module its path and the leaves that it owns
 _VALUE = tree_util.GetAttrKey("value")  # the arrays of an NNX state end in ".value"
 
 
@@ -83,19 +82,9 @@ def layer_names(params: PyTree, loss: Callable | None = None, batch: PyTree = No
 
     Reference: the paper's layers, whose Hessians Hess_l are the diagonal blocks.
     """
-    modules = _modules(params)
-    natural = sorted(modules, key=_natural)
-    if not natural:
-        raise ValueError("the parameter tree holds no arrays, so it has no layers")
-    if loss is None and batch is None:
-        return natural
-    if loss is None:
+    if loss is None and batch is not None:
         raise ValueError("network order needs the loss too: layer_names(params, loss, batch)")
-    batch = first_batch(batch)
-    check_arrays(batch)
-    found = _first_uses(loss, params, batch)
-    used = {name: module for name, module in found.items() if module in modules}
-    return list(used) + [name for name in natural if name not in used.values()]
+    return ordered_names(params, modules_of(params), loss, first_batch(batch))
 
 
 def middle_layers(names: Sequence[str]) -> list[str]:
@@ -146,9 +135,68 @@ def subtree(params: PyTree, layer: str) -> PyTree:
     return find_layer(params, layer).take(params)
 
 
-def find_layer(params: PyTree, name: str) -> Layer:
+def modules_of(params: PyTree) -> Modules:
+    """{name: (path, positions of its leaves)} of every module that owns arrays with entries."""
+    modules: dict[str, tuple[tuple, list[int]]] = {}
+    leaves = tree_util.tree_leaves_with_path(params)
+    for i, (path, _) in enumerate(leaves):
+        owner = _owner(path)
+        found = modules.setdefault(_name(owner), (owner, []))
+        if found[0] != owner:
+            raise ValueError(f"two modules have the same name {_name(owner)!r}; rename one (keys with '/' may clash)")
+        found[1].append(i)
+    sizes = [math.prod(jnp.shape(x)) for _, x in leaves]
+    return {name: (owner, tuple(own)) for name, (owner, own) in modules.items() if any(sizes[i] for i in own)}
+
+
+def ordered_names(params: PyTree, modules: Modules, loss: Callable | None, batch: PyTree) -> list[str]:
+    """The names of layers: in network order with a loss, else in natural order."""
+    natural = sorted(modules, key=_natural)
+    if not natural:
+        raise ValueError("the parameter tree holds no arrays, so it has no layers")
+    if loss is None:
+        return natural
+    check_arrays(batch)
+    with hints(params, batch):
+        jaxpr = program(loss, params, batch)
+    found = _names_of(first_uses(jaxpr, len(tree_util.tree_leaves(params))), params)
+    used = {name: module for name, module in found.items() if module in modules}
+    return list(used) + [name for name in natural if name not in used.values()]
+
+
+def _names_of(uses, params):
+    """{name: name of its module} in order of first use; the two differ for slices of scanned layers."""
+    leaves = tree_util.tree_leaves_with_path(params)
+    owners = [_owner(path) for path, _ in leaves]
+    siblings: dict = {}  # of each owner, in the first scan over all of its arrays
+    for use in uses:
+        if not isinstance(use, int):
+            own = [i for i, owner in enumerate(owners) if owner == owners[use[0]]]
+            if set(own) <= set(use[2]) and all(jnp.shape(leaves[i][1])[:1] == (use[3],) for i in own):
+                siblings.setdefault(owners[use[0]], use[2])
+    names: dict = {}
+    for use in uses:
+        leaf, index = (use, None) if isinstance(use, int) else use[:2]
+        owner = owners[leaf]
+        if owner not in siblings:
+            names[_name(owner)] = _name(owner)
+        elif index is not None:  # where it is used whole as well, as in a weight penalty, the slices are the layers
+            module = _common_prefix([owners[i] for i in siblings[owner]]) or owner
+            rest = [_name(owner[len(module) :])] if owner != module else []
+            names["/".join([f"{_name(module)}[{index}]", *rest])] = _name(owner)
+    return names
+
+
+def _common_prefix(paths):
+    prefix = paths[0]
+    for path in paths[1:]:
+        prefix = prefix[: next((i for i, (a, b) in enumerate(zip(prefix, path, strict=False)) if a != b), len(path))]
+    return prefix
+
+
+def find_layer(params: PyTree, name: str, modules: Modules | None = None) -> Layer:
     """The `Layer` of a name; ValueError that lists the layers for an unknown one."""
-    modules = _modules(params)
+    modules = modules_of(params) if modules is None else modules
     if not isinstance(name, str):
         raise TypeError(f"a layer is given by its name, a string, got {name!r}")
     index, base = None, name
@@ -164,7 +212,7 @@ def find_layer(params: PyTree, name: str) -> Layer:
     return Layer(name, *_subtree(params, owner, leaves), scan_index=index)
 
 
-def find_layers(params: PyTree, names: Sequence[str]) -> tuple[Layer, ...]:
+def find_layers(params: PyTree, names: Sequence[str], modules: Modules | None = None) -> tuple[Layer, ...]:
     """The `Layer` of each name. The name "total" is kept for the whole net."""
     if isinstance(names, str):
         raise TypeError(
@@ -175,7 +223,14 @@ def find_layers(params: PyTree, names: Sequence[str]) -> tuple[Layer, ...]:
             "'total' is the name of the whole net's result, which is always there, and no layer; leave it out of the "
             "names, and rename a module that is called so"
         )
-    return tuple(find_layer(params, name) for name in names)
+    modules = modules_of(params) if modules is None else modules
+    return tuple(find_layer(params, name, modules) for name in names)
+
+
+def whole_net(params: PyTree) -> Layer:
+    """All parameters, as one layer."""
+    leaves, treedef = tree_util.tree_flatten(params)
+    return Layer("total", tuple(range(len(leaves))), treedef, scan_index=None)
 
 
 def chosen_layers(names: Sequence[str], layers: str | Sequence[str] | None) -> Sequence[str]:
@@ -201,19 +256,6 @@ def _name(owner):
     return tree_util.keystr(owner, simple=True, separator="/") or "params"
 
 
-def _modules(params):
-    """{name: (owner path, leaf positions)} of every module that owns arrays."""
-    modules = {}
-    for i, (path, _) in enumerate(tree_util.tree_leaves_with_path(params)):
-        owner = _owner(path)
-        found = modules.setdefault(_name(owner), (owner, []))
-        if found[0] != owner:
-            raise ValueError(f"two modules have the same name {_name(owner)!r}; rename one (keys with '/' may clash)")
-        found[1].append(i)
-    sizes = [math.prod(jnp.shape(x)) for x in tree_util.tree_leaves(params)]
-    return {name: (owner, tuple(leaves)) for name, (owner, leaves) in modules.items() if any(sizes[i] for i in leaves)}
-
-
 def _subtree(params, owner, leaves) -> tuple[tuple[int, ...], Any]:
     """The leaves and the structure of a module's subtree: the node itself, or a dict where it has submodules too."""
     treedef: Any = tree_util.tree_structure(params)
@@ -229,231 +271,3 @@ def _subtree(params, owner, leaves) -> tuple[tuple[int, ...], Any]:
     paths = [path for path, _ in tree_util.tree_leaves_with_path(params)]
     own = {_name(tuple(paths[i])[len(owner) :]): i for i in leaves}
     return tuple(own[key] for key in sorted(own)), tree_util.tree_structure(own)
-
-
-# ---- network order: follow parameters and data through the jaxpr of the loss ----
-
-
-class _Tag(NamedTuple):
-    """What a value is made of: parameters alone (leaf, scan index or None), or data from the batch too."""
-
-    params: frozenset = frozenset()
-    data: bool = False
-
-
-class _Scanned(NamedTuple):
-    """A slice of a leaf, in the body of a scan over it."""
-
-    leaf: int
-    scan: object
-
-
-class _Made(NamedTuple):
-    """Of a leaf, and no longer it: slices of the value are no slices of the leaf."""
-
-    leaf: int
-
-
-# Operations behind which the first axis of a leaf is still its own: conversions, and what acts entry by entry.
-_KEEPING = frozenset(
-    "convert_element_type copy copy_p reduce_precision optimization_barrier sharding_constraint abs add clamp div exp "
-    "integer_pow log logistic max min mul neg pow rsqrt select_n sign sqrt square sub tanh".split()
-)
-
-
-def _leaf(use):
-    return use if isinstance(use, int) else use[0]
-
-
-def _first_uses(loss, params, batch):
-    """{name: name of its module} in order of first use; the two differ for slices of scanned layers."""
-    with hints(params, batch):
-        closed = jax.make_jaxpr(loss)(params, batch)
-    leaves = tree_util.tree_leaves_with_path(params)
-    count = len(leaves)
-    tags = [_Tag(frozenset([i])) if i < count else _Tag(data=True) for i in range(len(closed.jaxpr.invars))]
-    found: dict = {}  # an ordered set of leaves, and of (leaf, slice, its siblings in the scan, length of the scan)
-    _walk(closed.jaxpr, tags, found)
-    uses = dict.fromkeys(use.leaf if isinstance(use, _Made) else use for use in found)
-
-    owners = [_owner(path) for path, _ in leaves]
-    siblings: dict = {}  # of each owner, in the first scan over all of its arrays
-    for use in uses:
-        if not isinstance(use, int):
-            own = [i for i, owner in enumerate(owners) if owner == owners[use[0]]]
-            if set(own) <= set(use[2]) and all(jnp.shape(leaves[i][1])[:1] == (use[3],) for i in own):
-                siblings.setdefault(owners[use[0]], use[2])
-    names: dict = {}
-    for use in uses:
-        leaf, index = (use, None) if isinstance(use, int) else use[:2]
-        owner = owners[leaf]
-        if owner not in siblings:
-            names[_name(owner)] = _name(owner)
-        elif index is not None:  # used whole as well (in a weight penalty, say), it is the slices that are layers
-            module = _common_prefix([owners[i] for i in siblings[owner]]) or owner
-            rest = [_name(owner[len(module) :])] if owner != module else []
-            names["/".join([f"{_name(module)}[{index}]", *rest])] = _name(owner)
-    return names
-
-
-def _common_prefix(paths):
-    prefix = paths[0]
-    for path in paths[1:]:
-        prefix = prefix[: next((i for i, (a, b) in enumerate(zip(prefix, path, strict=False)) if a != b), len(path))]
-    return prefix
-
-
-def _walk(jaxpr, tags, uses):
-    """Tags of the outputs of a jaxpr, given those of its inputs; first uses are added to ``uses`` in order."""
-    env = dict(zip(jaxpr.invars, tags, strict=True))
-
-    def read(var):
-        return _Tag() if isinstance(var, Literal) else env.get(var, _Tag())
-
-    for eqn in jaxpr.eqns:
-        ins = [read(var) for var in eqn.invars]
-        outs = _inner(eqn, ins, uses)
-        if outs is None:  # an elementary operation
-            data = any(tag.data for tag in ins)
-            params = frozenset().union(*(tag.params for tag in ins))
-            if eqn.primitive.name not in _KEEPING:
-                params = frozenset(_Made(use) if isinstance(use, int) else use for use in params)
-            if data:
-                uses.update(dict.fromkeys(sorted(params, key=_leaf)))
-            outs = [_Tag(frozenset(), True) if data else _Tag(params)] * len(eqn.outvars)
-        env.update(zip(eqn.outvars, outs, strict=True))
-    return [read(var) for var in jaxpr.outvars]
-
-
-def _inner(eqn, ins, uses):
-    """The tags of the outputs of an operation that holds jaxprs of its own, or None.
-
-    Shapes tell what a jaxpr is for. The parameters that say so have other names in other versions of JAX.
-    """
-    name, jaxprs = eqn.primitive.name, _opened(eqn.params.values())
-    if name == "scan" and (scan := _read_scan(eqn, jaxprs)):
-        return _walk_scan(*scan, ins, uses)
-    if name == "while" and (loop := _read_while(eqn, jaxprs)):
-        return _walk_while(*loop, ins, uses)
-    if name == "cond" and (branches := _read_cond(eqn)):
-        return [_merge(*tags) for tags in zip(*(_walk(branch, ins[1:], uses) for branch in branches), strict=True)]
-    if name in ("scan", "while", "cond"):
-        warnings.warn(
-            f"jaxhess cannot read the {name!r} of JAX {jax.__version__}: the layers used in it come in the order of "
-            f"the parameters' leaves, and arrays that hold many layers are not split. The numbers are right all the "
-            f"same. Write layers= for another order, and please report this",
-            stacklevel=2,
-        )
-    elif len(jaxprs) == 1 and _fits(jaxprs[0], ins, eqn.outvars):  # jit, checkpoint, custom_jvp, custom_vjp, shard_map
-        return _walk(jaxprs[0], ins, uses)
-    return None
-
-
-def _opened(values):
-    """The jaxprs among values, without their constants."""
-    return [jaxpr for value in values if hasattr(jaxpr := getattr(value, "jaxpr", value), "eqns")]
-
-
-def _fits(jaxpr, ins, outs):
-    return len(jaxpr.invars) == len(ins) and len(jaxpr.outvars) == len(outs)
-
-
-def _kinds(variables):
-    """[(shape, type)] of variables."""
-    return [(jnp.shape(var.aval), getattr(var.aval, "dtype", None)) for var in variables]
-
-
-def _read_cond(eqn):
-    """The jaxprs of a cond's branches, or None. The first input says which; the others go into each."""
-    for value in eqn.params.values():
-        branches = _opened(value) if isinstance(value, tuple | list) else []
-        if branches and len(branches) == len(value) and all(_fits(b, eqn.invars[1:], eqn.outvars) for b in branches):
-            return branches
-    return None
-
-
-def _fixpoint(body, ins, consts, carried, uses):
-    """A loop's body once more than the tags of what it carries need to settle."""
-    for _ in range(2):
-        outs = _walk(body, ins, uses)
-        ins = [_merge(tag, outs[i - consts]) if consts <= i < consts + carried else tag for i, tag in enumerate(ins)]
-    return outs
-
-
-def _read_while(eqn, jaxprs):
-    """(test, body, number of the test's constants, of the body's) of a while loop, or None.
-
-    The inputs are the test's constants, the body's, and what is carried: test and body take it, the body returns it.
-    """
-    carried = len(eqn.outvars)
-    for test, body in itertools.permutations(jaxprs) if len(jaxprs) == 2 else ():
-        skip, consts = len(test.invars) - carried, len(body.invars) - carried
-        inside = _kinds([*test.invars, *body.invars, *body.outvars])
-        outside = _kinds([*eqn.invars[:skip], *eqn.invars[skip + consts :], *eqn.invars[skip:], *eqn.outvars])
-        if min(skip, consts) >= 0 and skip + consts + carried == len(eqn.invars) and inside == outside:
-            return test, body, skip, consts
-    return None
-
-
-def _walk_while(test, body, skip, consts, ins, uses):
-    _walk(test, ins[:skip] + ins[skip + consts :], uses)
-    return _fixpoint(body, ins[skip:], consts, len(ins) - skip - consts, uses)
-
-
-def _read_scan(eqn, jaxprs):
-    """(body, number of constants, number of what is carried, indices in the order of time) of a scan, or None.
-
-    The inputs are constants, what is carried, and what is scanned; the outputs are what is carried and what is stacked.
-    Scanned and stacked arrays, and they alone, have an axis that the body does not see.
-    """
-    if len(jaxprs) != 1 or not _fits(jaxprs[0], eqn.invars, eqn.outvars) or "reverse" not in eqn.params:
-        return None
-    (body,) = jaxprs
-    ins, outs = _leading(eqn.invars, body.invars), _leading(eqn.outvars, body.outvars)
-    carried = outs.count(())
-    consts = ins.count(()) - carried
-    lengths = {*ins, *outs} - {()}
-    if (
-        consts < 0
-        or () in [*ins[consts + carried :], *outs[carried:]]
-        or len(lengths) > 1
-        or any(axes is None or len(axes) != 1 for axes in lengths)
-        or _kinds(body.invars[consts : consts + carried]) != _kinds(body.outvars[:carried])
-    ):
-        return None
-    indices = range(lengths.pop()[0] if lengths else 0)
-    return body, consts, carried, indices[::-1] if eqn.params["reverse"] else indices
-
-
-def _leading(outer, inner):
-    """The axes that each outer variable has in front of those of the inner one, or None where the others differ."""
-    shapes = [(jnp.shape(a.aval), jnp.shape(b.aval)) for a, b in zip(outer, inner, strict=True)]
-    return [a[: len(a) - len(b)] if a[max(0, len(a) - len(b)) :] == b else None for a, b in shapes]
-
-
-def _walk_scan(body, consts, carried, indices, ins, uses):
-    here = object()  # slices of a scan around this one are not this one's
-
-    def enter(tag):
-        return tag._replace(
-            params=frozenset(_Scanned(use, here) if isinstance(use, int) else use for use in tag.params)
-        )
-
-    def leave(tag):
-        return tag._replace(params=frozenset(_Made(use.leaf) if own(use) else use for use in tag.params))
-
-    def own(use):
-        return isinstance(use, _Scanned) and use.scan is here
-
-    inner: dict = {}
-    ins = [enter(tag) if i >= consts + carried else tag for i, tag in enumerate(ins)]
-    outs = _fixpoint(body, ins, consts, carried, inner)
-    scanned = tuple(use.leaf for use in inner if own(use))
-    for i in indices or [0]:
-        uses.update(dict.fromkeys((use.leaf, i, scanned, len(indices)) if own(use) else use for use in inner))
-    return [leave(tag) for tag in outs]
-
-
-def _merge(*tags):
-    data = any(tag.data for tag in tags)
-    return _Tag(frozenset() if data else frozenset().union(*(tag.params for tag in tags)), data)

@@ -7,7 +7,6 @@ Each public function returns a `jax.tree_util.Partial` over parameters and batch
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,20 +15,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import scipy.sparse.linalg
 from jax.custom_derivatives import SymbolicZero
-from jax.experimental import multihost_utils
+from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
-from jaxhess._checks import at_least_float32, check_batch, check_parameters, hints
-from jaxhess._programs import check_forward_mode, ends_in_softmax, equations, program
-from jaxhess.batches import Batches, first_batch, leading_axis
-from jaxhess.layers import Layer, find_layer
-from jaxhess.objective import CrossEntropy, Objective, output_hessian_product
+from jaxhess._checks import at_least_float32, check_like, is_traced
+from jaxhess._diagnosis import why_not_finite
+from jaxhess._linear import HostLoopError, Linear, Operator, as_linear
+from jaxhess._products import At, match
+from jaxhess._programs import check_forward_mode
+from jaxhess._trees import jitter, map_rows, to_host
+from jaxhess.batches import Batches, first_batch
+from jaxhess.layers import Layer
+from jaxhess.objective import Objective
+from jaxhess.problem import Problem, compute, mean_over, pose
 
 PyTree = Any
-Operator = Callable[[PyTree], PyTree]
-
-UNROLLED = 16  # rows of `map_rows` up to here stand one after another; the time of compiling grows with them
 
 
 def hessian(
@@ -64,7 +66,7 @@ def hessian(
 
     Reference: Pearlmutter 1994, Fast exact multiplication by the Hessian.
     """
-    return _operator("hessian", loss, params, batch, layer, has_aux)
+    return pose_product("hessian", loss, params, batch, layer, has_aux)
 
 
 def ggn(
@@ -95,7 +97,7 @@ def ggn(
 
     Reference: Schraudolph 2002, Fast curvature matrix-vector products.
     """
-    return _operator("ggn", objective, params, batch, layer, has_aux)
+    return pose_product("ggn", objective, params, batch, layer, has_aux)
 
 
 def functional_hessian(
@@ -127,7 +129,154 @@ def functional_hessian(
 
     Reference: Sagun et al. 2018, Empirical analysis of the Hessian of over-parametrized neural networks.
     """
-    return _operator("functional", objective, params, batch, layer, has_aux)
+    return pose_product("functional", objective, params, batch, layer, has_aux)
+
+
+def aslinearoperator(operator: Operator, *, like: PyTree) -> scipy.sparse.linalg.LinearOperator:
+    """A product as SciPy's linear operator, so that eigsh, lobpcg, svds and cg take it as it is.
+
+    Vectors are flat, (dim,), the leaves of a tree like v one after another, as of ``jax.flatten_util.ravel_pytree``.
+
+    Args:
+      operator: a symmetric v -> A v, as from `hessian`; `linearize` it first for speed.
+      like: a pytree of arrays like v.
+
+    Returns:
+      `scipy.sparse.linalg.LinearOperator` of shape (dim, dim), float64 outside; products keep the precision of
+      ``operator``.
+
+    Raises:
+      ValueError: for an empty ``like``.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxhess as jh, numpy as np, scipy.sparse.linalg
+      >>> op = jh.aslinearoperator(lambda v: jnp.arange(5.0) * v, like=jnp.zeros(5))
+      >>> values = scipy.sparse.linalg.eigsh(op, k=2, v0=np.ones(5), return_eigenvectors=False)
+      >>> [round(float(x), 4) for x in values]
+      [3.0, 4.0]
+
+    Reference: ``scipy.sparse.linalg.LinearOperator``.
+    """
+    check_like("like", like)
+    flat, unravel = ravel_pytree(jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), at_least_float32(x)), like))
+    linear = as_linear(operator)
+
+    def matvec(x):
+        product = linear(unravel(jnp.asarray(np.ravel(x), flat.dtype)))
+        return np.concatenate([to_host(leaf).ravel().astype(np.float64) for leaf in jax.tree.leaves(product)])
+
+    def matmat(x):
+        rows = jax.vmap(unravel)(jnp.asarray(x.T, flat.dtype))
+        products = linear.func.stacked(*linear.args, rows)
+        columns = [to_host(leaf).reshape(x.shape[1], -1).T for leaf in jax.tree.leaves(products)]
+        return np.concatenate(columns).astype(np.float64)
+
+    shape = (flat.size, flat.size)
+    return scipy.sparse.linalg.LinearOperator(shape, matvec, rmatvec=matvec, matmat=matmat, dtype=np.float64)
+
+
+def pose_product(
+    curvature: str, loss: Callable, params: PyTree, batch: PyTree, layer: str | None = None, has_aux: bool = False
+) -> Partial:
+    """The product of one curvature with the whole net or one layer, of what users give."""
+    problem = pose(curvature, loss, params, batch, has_aux)
+    return product(curvature, problem, problem.layer(layer))
+
+
+def product(curvature: str, problem: Problem, layer: Layer | None = None) -> Partial:
+    """The same of a `Problem`; the whole net by default."""
+    layer = problem.whole if layer is None else layer
+    at, first = At(curvature, problem.loss, layer), (problem.params, problem.first)
+    check_forward_mode(problem.loss, first, at, (*first, layer.take(problem.params)))
+    if problem.many:
+        return Partial(_Product(at, problem.batch), problem.params, None)
+    return Partial(_Product(at), problem.params, problem.batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Product(Linear):
+    """A product as an operator, of one batch or in the mean of many; static under ``jit``."""
+
+    at: At
+    batches: Batches | None = None
+
+    @property
+    def on_host(self):
+        return self.batches is not None
+
+    def __call__(self, params, batch, v):
+        return compute(self.at, params, batch, (v,)) if self.batches is None else self._mean(self.at, params, v)
+
+    def stacked(self, params, batch, vectors):
+        """Each of many batches is read once for all vectors."""
+        if self.batches is None:
+            return super().stacked(params, batch, vectors)
+        return self._mean(_Rows(self.at), params, vectors)
+
+    def _mean(self, function, params, v):
+        if is_traced(params, v):
+            raise HostLoopError(
+                "an operator over Batches reads its batches in a loop on the host and cannot run under jit, vmap or "
+                "grad; call it outside, or give one batch"
+            )
+        return mean_over(self.batches, self.at.loss, params, function, lambda _: (v,))
+
+    def perturbed(self, key, size, params, batch):
+        return Partial(self, jitter(key, params, size), batch)
+
+    def rounding(self, params, batch, like):
+        if self.batches is None:
+            return super().rounding(params, batch, like)
+        return _Product(self.at).rounding(params, first_batch(self.batches), like)
+
+    def why_not_finite(self, params, batch, v):
+        data = batch if self.batches is None else self.batches
+        return why_not_finite(self.at.curvature, self.at.loss, params, data)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """The product with several vectors, stacked along a leading axis."""
+
+    at: At
+
+    def __call__(self, params, batch, vectors):
+        return map_rows(partial(self.at, params, batch), vectors)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block(Linear):
+    """The diagonal block of a layer by the product of the whole net: only the ends are compiled."""
+
+    layer: Layer
+
+    def __call__(self, product, params, part):
+        return _take(self.layer, product(_put(self.layer, params, part)))
+
+    def perturbed(self, key, size, product, params):
+        moved = product.func.perturbed(key, size, *product.args)
+        return None if moved is None else Partial(self, moved, params)
+
+    def rounding(self, product, params, like):
+        return product.func.rounding(*product.args, params)
+
+    def why_not_finite(self, product, params, part):
+        return product.func.why_not_finite(*product.args, _put(self.layer, params, part))
+
+
+def block(product: Partial, layer: Layer, params: PyTree) -> Partial:
+    """The diagonal block of a layer from the product of the whole net."""
+    return Partial(_Block(layer), product, params)
+
+
+@partial(jax.jit, static_argnums=0)
+def _put(layer, like, part):
+    return layer.put(optax.tree.zeros_like(like), part)
+
+
+@partial(jax.jit, static_argnums=0)
+def _take(layer, tree):
+    return layer.take(tree)
 
 
 def linearize(operator: Operator, *, like: PyTree) -> Operator:
@@ -153,25 +302,27 @@ def linearize(operator: Operator, *, like: PyTree) -> Operator:
 
     Reference: ``jax.linearize``.
     """
-    if runs_on_host(operator):
+    operator = as_linear(operator)
+    if operator.func.on_host:
         return operator
     # In the precision of the products, which is that of the vectors that samplers draw.
     like = jax.tree.map(lambda x: jnp.asarray(x, at_least_float32(x)), like)
-    operator = as_partial(operator)
-    return Partial(_Linear(), _linearize(operator, like), like, operator)
+    return Partial(_Linearized(), _linearize(operator, like), like, operator)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Linear:
-    """A product of which everything that does not depend on v was computed before."""
+class _Linearized(Linear):
+    """A product of which everything that does not depend on v was computed before, and the operator that it is of."""
 
     def __call__(self, linear, like, origin, v):
-        del origin  # kept for `perturbed` and `source`
         return _apply_linear(linear, like, v)
 
     def perturbed(self, key, size, linear, like, origin):
-        del linear
-        return linearize(perturbed(origin, key, size), like=like)
+        moved = origin.func.perturbed(key, size, *origin.args)
+        return None if moved is None else linearize(moved, like=like)
+
+    def why_not_finite(self, linear, like, origin, v):
+        return origin.func.why_not_finite(*origin.args, v)
 
 
 @jax.jit
@@ -203,433 +354,4 @@ def _(primals, tangents):
 
 @jax.jit
 def _apply_linear(linear, like, v):
-    return linear(_match(v, like))
-
-
-def source(operator: Operator) -> Partial:
-    """What was linearised, or what a block is of, or the operator itself."""
-    made = as_partial(operator)
-    if isinstance(made.func, _Block):
-        return source(made.args[0])
-    return made.args[2] if isinstance(made.func, _Linear) else made
-
-
-def as_partial(operator: Operator) -> Partial:
-    """Any function of v as a pytree that passes through ``jit``."""
-    return operator if isinstance(operator, Partial) else Partial(operator)
-
-
-def runs_on_host(operator: Operator) -> bool:
-    """True for products over `Batches`, which loop on the host."""
-    return isinstance(getattr(operator, "func", None), _OverBatches)
-
-
-def perturbed(operator: Partial, key: jax.Array, size: float) -> Partial | None:
-    """The operator at parameters that are moved by a relative ``size``; None for a function whose inside is unknown."""
-    move = getattr(operator.func, "perturbed", None)
-    return None if move is None else move(key, size, *operator.args)
-
-
-@jax.jit
-def jitter(key: jax.Array, tree: PyTree, size: float) -> PyTree:
-    """A tree with every number moved by a relative ``size``, up or down."""
-    leaves, treedef = jax.tree.flatten(tree)
-    ends = np.cumsum([x.size for x in leaves])
-    # One draw, cut into leaves: XLA takes many times as long to compile a draw for each leaf.
-    signs = jnp.split(jax.random.rademacher(key, (int(ends[-1]),), jnp.int8), ends[:-1])
-    factors = [
-        1 + jnp.asarray(size, x.dtype) * s.reshape(x.shape).astype(x.dtype) for s, x in zip(signs, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, [x * f for x, f in zip(leaves, factors, strict=True)])
-
-
-def coarsest_eps(operator: Partial, like: PyTree) -> float:
-    """The rounding of the coarsest floating-point type that an operator rounds to on the way, by its program.
-
-    `own_eps` where that is the coarsest, or where JAX cannot trace the operator.
-    """
-    if isinstance(operator.func, _Block):
-        return coarsest_eps(*operator.args)
-    if isinstance(operator.func, _OverBatches):
-        operator = Partial(operator.func.product, *operator.args, first_batch(operator.func.batches))
-    own = own_eps(like)
-    try:
-        return max(own, rounding_of(_call, operator, like))
-    except Exception:  # a function of the host may raise anything when it is traced
-        return own
-
-
-def own_eps(like: PyTree) -> float:
-    """Rounding of the precision that products are taken in, which is that of ``like`` but at least float32."""
-    return max(float(jnp.finfo(at_least_float32(x)).eps) for x in jax.tree.leaves(like))
-
-
-def _call(operator, v):
-    return operator(v)
-
-
-def rounding_of(function: Callable, *args: PyTree) -> float:
-    """The rounding of the coarsest floating-point type that a program converts finer numbers to; 0 if it does not."""
-    return max((float(jnp.finfo(dtype).eps) for dtype in _roundings(program(function, *args))), default=0.0)
-
-
-def _roundings(jaxpr):
-    """The types that floating-point numbers of a finer one are converted to."""
-    for eqn, _ in equations(jaxpr):
-        if eqn.primitive.name == "convert_element_type":
-            old, new = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
-            if all(jnp.issubdtype(x, jnp.floating) for x in (old, new)) and jnp.finfo(new).eps > jnp.finfo(old).eps:
-                yield new
-
-
-def apply_stacked(operator: Operator, vectors: PyTree) -> PyTree:
-    """A v for several v, stacked along a new leading axis; over `Batches`, each batch is read once for all."""
-    operator = as_partial(operator)
-    if runs_on_host(operator):
-        return operator.func(*operator.args, vectors, stacked=True)
-    try:
-        return _apply_stacked(operator, vectors)
-    except HostLoopError:  # a function that calls such a product, like its negative
-        rows = [operator(jax.tree.map(lambda x, i=i: x[i], vectors)) for i in range(len(jax.tree.leaves(vectors)[0]))]
-        return jax.tree.map(lambda *parts: jnp.stack(parts), *rows)
-
-
-@jax.jit
-def _apply_stacked(operator, vectors):
-    return map_rows(operator, vectors)
-
-
-def map_rows(function: Callable, stacked: PyTree) -> PyTree:
-    """``jax.vmap(function)(stacked)``, where a few rows stand one after another in the program.
-
-    Faster for products: each row has tangents of the kernels of its own, and of such convolutions vmap makes one with
-    groups. What the rows share the compiler computes once either way.
-    """
-    count = len(jax.tree.leaves(stacked)[0])
-    if count > UNROLLED:
-        return jax.vmap(function)(stacked)
-    rows = [function(jax.tree.map(lambda x, i=i: x[i], stacked)) for i in range(count)]
-    return jax.tree.map(lambda *parts: jnp.stack(parts), *rows)
-
-
-# ---- the three products, at a point and in a direction of the whole tree or of one layer ----
-
-
-def _hessian_product(loss, fill, point, batch, v):
-    return jax.jvp(jax.grad(lambda q: loss(fill(q), batch)), (point,), (v,))[1]
-
-
-def _ggn_product(objective, fill, point, batch, v):
-    def predict(q):
-        return objective.predict(fill(q), batch)
-
-    outputs, tangent = jax.jvp(predict, (point,), (v,))
-    _, pull = jax.vjp(predict, point)
-    return pull(output_hessian_product(objective.criterion, outputs, batch, tangent))[0]
-
-
-def _functional_product(objective, fill, point, batch, v):
-    outputs = objective.predict(fill(point), batch)
-    slope = jax.grad(objective.criterion)(outputs, batch)
-    return _hessian_product(lambda p, b: jnp.sum(slope * objective.predict(p, b)), fill, point, batch, v)
-
-
-_PRODUCTS = {"hessian": _hessian_product, "ggn": _ggn_product, "functional": _functional_product}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Product:
-    """One kind of product of one loss, for one layer or all; static under ``jit``."""
-
-    kind: str
-    loss: Callable
-    layer: str | None
-
-    def __call__(self, params, batch, v):
-        return _apply(self, params, batch, v)
-
-    def perturbed(self, key, size, params, batch):
-        return Partial(self, jitter(key, params, size), batch)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Block:
-    """The diagonal block of a layer by the product of the whole net: only the ends are compiled."""
-
-    layer: Layer
-
-    def __call__(self, product, params, part):
-        return _take(self.layer, product(_put(self.layer, params, part)))
-
-    def perturbed(self, key, size, product, params):
-        return Partial(self, perturbed(product, key, size), params)
-
-
-def block(product: Partial, layer: Layer, params: PyTree) -> Partial:
-    """The diagonal block of a layer from the product of the whole net."""
-    return Partial(_Block(layer), product, params)
-
-
-@partial(jax.jit, static_argnums=0)
-def _put(layer, like, part):
-    return layer.put(optax.tree.zeros_like(like), part)
-
-
-@partial(jax.jit, static_argnums=0)
-def _take(layer, tree):
-    return layer.take(tree)
-
-
-@partial(jax.jit, static_argnums=0)
-def _apply(product, params, batch, v):
-    point, fill = params, lambda q: q
-    if product.layer is not None:
-        layer = find_layer(params, product.layer)
-        point, fill = layer.take(params), partial(layer.put, params)
-    # TF32, the default of some GPUs, is too coarse for curvature.
-    with jax.default_matmul_precision("float32"):
-        return _PRODUCTS[product.kind](product.loss, fill, point, batch, _match(v, point))
-
-
-def _match(v, point):
-    """v with the dtypes of the point; ValueError where its structure or shapes differ."""
-    if jax.tree.structure(v) != jax.tree.structure(point):
-        mine, theirs = (
-            [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(t)] for t in (v, point)
-        )
-        differ = sorted(set(mine) ^ set(theirs))[:4] or "in their containers"
-        raise ValueError(
-            f"v does not match the parameters: the structures differ at {differ}; v must be a pytree like params, "
-            f"or like subtree(params, layer) for one layer"
-        )
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(v), jax.tree.leaves(point), strict=True):
-        if jnp.shape(a) != jnp.shape(b):
-            at = jax.tree_util.keystr(path)
-            raise ValueError(f"v does not match the parameters at {at!r}: shape {jnp.shape(a)}, theirs {jnp.shape(b)}")
-        if jnp.issubdtype(jnp.result_type(a), jnp.complexfloating):
-            raise TypeError(f"v is complex at {jax.tree_util.keystr(path)!r}; take the products of its two parts")
-    return jax.tree.map(lambda a, b: jnp.asarray(a, jnp.result_type(b)), v, point)
-
-
-class HostLoopError(TypeError):
-    """A product over `Batches` was called under a transformation of JAX."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _OverBatches:
-    """The mean of a product over many batches, weighted by their numbers of examples."""
-
-    product: _Product
-    batches: Batches
-
-    def __call__(self, params, v, stacked=False):
-        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, v))):
-            raise HostLoopError(
-                "an operator over Batches reads its batches in a loop on the host and cannot run under jit, vmap or "
-                "grad; call it outside, or give one batch"
-            )
-        mean = self.batches.fold(
-            lambda mean, batch, share, _: _accumulate(self.product, stacked, params, batch, v, mean, share)
-        )
-        if not all(_finite(jax.tree.leaves(mean))):
-            check_batches(self.product.loss, params, self.batches)
-        return mean
-
-    def perturbed(self, key, size, params):
-        return Partial(self, jitter(key, params, size))
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _accumulate(product, stacked, params, batch, v, mean, share):
-    """The running mean after one more batch, which holds this share of the examples so far."""
-    new = map_rows(partial(product, params, batch), v) if stacked else product(params, batch, v)
-    return new if mean is None else jax.tree.map(lambda m, n: m + jnp.asarray(share, m.dtype) * (n - m), mean, new)
-
-
-# ---- what is checked before the first product ----
-
-
-def _operator(kind, loss, params, batch, layer, has_aux):
-    loss, params = prepare(kind, loss, params, batch, has_aux, products=True, layer=layer)
-    product = _Product(kind, loss, layer)
-    if isinstance(batch, Batches):
-        return Partial(_OverBatches(product, batch), params)
-    return Partial(product, params, batch)
-
-
-def prepare(
-    kind: str,
-    loss: Any,
-    params: PyTree,
-    batch: PyTree,
-    has_aux: bool = False,
-    *,
-    products: bool = False,
-    layer: str | None = None,
-) -> tuple[Any, PyTree]:
-    """Checks a loss, its parameters and its batch; returns the loss without aux, and the parameters to differentiate.
-
-    Values (NaN, labels) are checked where they are concrete; under ``jit`` a NaN is carried through. For those who take
-    ``products``, of the whole net or one layer, it is checked that they can be taken.
-    """
-    if kind not in _PRODUCTS:
-        raise ValueError(f"unknown curvature {kind!r}; choose from {sorted(_PRODUCTS)}")
-    if kind != "hessian" and not isinstance(loss, Objective):
-        raise TypeError(
-            f"{kind} needs the two halves of the loss, got {_describe(loss)}; "
-            f"make an Objective(predict, criterion), or ask for the Hessian"
-        )
-    if not callable(loss):
-        raise TypeError(f"a loss is a function loss(params, batch), got {_describe(loss)}")
-    try:
-        hash(loss)
-    except TypeError:
-        raise TypeError(
-            f"the loss, a {type(loss).__name__}, has no hash, and is compiled for its identity; give a function or a "
-            f"frozen dataclass, and put arrays into the parameters or the batch"
-        ) from None
-    if has_aux:
-        loss = Objective(_First(loss.predict), loss.criterion) if isinstance(loss, Objective) else _First(loss)
-    params = _differentiable(params)
-    criterion = loss.criterion if isinstance(loss, Objective) else None
-    if getattr(criterion, "weighted", False) and isinstance(batch, Batches) and batch.size is leading_axis:
-        raise ValueError(
-            "a criterion with weights is a mean by their sums, which Batches cannot know; say them with "
-            "Batches(batches, size=lambda batch: ...), the sum of the weights of a batch"
-        )
-    batches, batch = batch, first_batch(batch)
-    check_batch(batch)
-    if isinstance(batches, Batches):
-        batches.look_ahead()
-    _check_values(loss, params, batch)
-    with hints(params, batch):
-        value = jax.eval_shape(jax.jit(loss), params, batch)
-    if not (hasattr(value, "shape") and value.shape == () and jnp.issubdtype(value.dtype, jnp.floating)):
-        hint = "; for (value, aux) say has_aux=True" if isinstance(value, tuple) else "; take the mean over examples"
-        raise TypeError(f"the loss must return a floating-point scalar, got {value}{hint}")
-    if isinstance(batches, Batches) and batches.check:
-        _check_mean(loss, params, batches)
-    if products:
-        v = params if layer is None else find_layer(params, layer).take(params)
-        check_forward_mode(loss, (params, batch), _Product(kind, loss, layer), (params, batch, v))
-    return loss, params
-
-
-def _check_mean(loss, params, batches):
-    """ValueError for a loss over several batches that is no mean over independent examples, tried on a few of them."""
-    some = list(itertools.islice(batches, 2))
-    # Of a random key the halves would make other random numbers than the whole.
-    if len(some) < 2 or any(isinstance(x, jax.core.Tracer) or _is_key(x) for x in jax.tree.leaves((params, some[0]))):
-        return
-    try:
-        count = _examples(loss, params, some[0]) // 2 * 2
-        whole, *halves = [_rows(some[0], *ends) for ends in ((0, count), (0, count // 2), (count // 2, count))]
-        sizes = [float(batches.size(half)) for half in halves]
-        values = [float(_value(loss, params, part)) for part in (whole, *halves)]
-        rounding = rounding_of(loss, params, whole)
-    except Exception:  # of a batch that cannot be cut the user's code may raise anything
-        return
-    mean = float(np.average(values[1:], weights=sizes)) if sum(sizes) else np.nan
-    if abs(values[0] - mean) > max(1e-3, 20 * rounding) * np.max(np.abs(values)):
-        raise ValueError(
-            f"over Batches a loss must be a mean over independent examples, and this one is {values[0]:.5g} on {count} "
-            f"examples where the mean over their halves is {mean:.5g}. Divide a sum by the number of examples; give "
-            f"one batch to a loss that couples examples (batch norm in training mode, a contrastive loss); where "
-            f"examples have weights, size= must be the sum of the weights. Batches(..., check=False) takes the mean "
-            f"over batches as it is"
-        )
-
-
-@partial(jax.jit, static_argnums=0)
-def _value(loss, params, batch):
-    with jax.default_matmul_precision("float32"):
-        return loss(params, batch)
-
-
-def _examples(loss, params, batch):
-    """How many examples to try: eight, or as many as there are."""
-    if isinstance(loss, Objective):
-        return min(8, len(jax.eval_shape(loss.predict, params, batch)))
-    return min(8, leading_axis(batch))
-
-
-def _rows(batch, start, stop):
-    """Examples of a batch: of arrays with its most common leading axis."""
-    lengths = [np.shape(x)[0] for x in jax.tree.leaves(batch) if np.ndim(x)]
-    count = max(set(lengths), key=lengths.count)
-    return jax.tree.map(lambda x: x[start:stop] if np.shape(x)[:1] == (count,) else x, batch)
-
-
-def _is_key(x):
-    raw = np.shape(x) in ((2,), (4,)) and jnp.result_type(x) == jnp.uint32
-    return raw or jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
-
-
-def check_batches(loss: Any, params: PyTree, batches: Batches) -> None:
-    """Looks for what is wrong in batches beyond the first, after a result that is not finite."""
-    for batch in batches:
-        _check_values(loss, params, batch)
-
-
-def _check_values(loss, params, batch):
-    """What an objective's halves say of a batch: shapes, and labels where their values are known."""
-    if isinstance(loss, Objective):
-        with hints(params, batch):
-            # Under jit the trace is kept for the next time.
-            outputs = jax.eval_shape(jax.jit(loss.predict), params, batch)
-        if not (hasattr(outputs, "shape") and outputs.ndim and jnp.issubdtype(outputs.dtype, jnp.floating)):
-            raise TypeError(f"predict must return one floating-point array of shape (..., C), got {outputs}")
-        if isinstance(loss.criterion, CrossEntropy):
-            _check_logits(loss, params, batch)
-        if hasattr(loss.criterion, "check"):
-            loss.criterion.check(outputs, batch)
-
-
-def _check_logits(loss, params, batch):
-    if ends_in_softmax(loss.predict, params, batch):
-        raise ValueError(
-            "predict ends in a softmax, and cross_entropy takes logits, of which it takes the softmax itself; return "
-            "what goes into the softmax, or jnp.log of the probabilities. If the loss is meant to take two, give it a "
-            "function as criterion: lambda outputs, batch: cross_entropy(outputs, batch)"
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class _First:
-    """A function without its aux; equal for equal functions, so that it compiles once."""
-
-    function: Callable
-
-    def __call__(self, *args):
-        result = self.function(*args)
-        if not isinstance(result, tuple):
-            raise TypeError(f"has_aux=True takes a function that returns (value, aux), got {type(result).__name__}")
-        return result[0]
-
-
-def _describe(thing):
-    return f"{type(thing).__name__} {getattr(thing, '__name__', thing)!r}"
-
-
-def _differentiable(params):
-    check_parameters(params)
-    # Half precision has too few digits for second derivatives.
-    params = jax.tree.map(lambda x: jnp.asarray(x, at_least_float32(x)), params)
-    finite = _finite(jax.tree.leaves(params))
-    if not any(isinstance(ok, jax.core.Tracer) for ok in finite):
-        paths = jax.tree_util.tree_leaves_with_path(params)
-        if bad := [jax.tree_util.keystr(path) for (path, _), ok in zip(paths, finite, strict=True) if not ok]:
-            raise ValueError(f"the parameters are not finite at {bad}; curvature there means nothing")
-    return params
-
-
-def to_host(x: Any) -> np.ndarray:
-    """An array in numpy, whole, also where other processes hold parts of it."""
-    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
-        return multihost_utils.process_allgather(x, tiled=True)
-    return np.asarray(x)
-
-
-@jax.jit
-def _finite(leaves):
-    return [jnp.isfinite(x).all() for x in leaves]
+    return linear(match(v, like))

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import optax
 
 from jaxhess._checks import at_least_float32, check_count, check_key
-from jaxhess._programs import check_forward_mode, equations, program
+from jaxhess._programs import check_forward_mode, equations, program, used_inputs
+from jaxhess._trees import UNROLLED, full_precision, inner, random_like, sampler
 from jaxhess.batches import Batches
-from jaxhess.layers import find_layers, layer_names, middle_layers
-from jaxhess.objective import output_factor_product, output_hessian_product
-from jaxhess.operators import UNROLLED, prepare
-from jaxhess.trace import inner, random_like, sampler
+from jaxhess.layers import find_layers, middle_layers
+from jaxhess.objective import as_criterion
+from jaxhess.problem import pose
 
 PyTree = Any
 Layers = str | Sequence[str] | Mapping[str, float]
@@ -79,61 +79,57 @@ def hessian_trace_penalty(
 
     Reference: equation (5) of the paper.
     """
-    penalty, gradient = penalty_and_gradient(
-        loss,
-        params,
-        batch,
-        key=key,
-        layers=layers,
-        num_probes=num_probes,
-        curvature=curvature,
-        probe=probe,
-        has_aux=has_aux,
-    )
-    return penalty, jax.tree.map(lambda g, p: g.astype(jnp.result_type(p)), gradient, params)
+    penalty = Penalty(loss, layers, num_probes, curvature, probe, has_aux)
+    value, gradient = penalty(params, batch, key)
+    return value, optax.tree.cast_like(gradient, params)
 
 
-def penalty_and_gradient(
-    loss: Callable,
-    params: PyTree,
-    batch: PyTree,
-    *,
-    key: jax.Array,
-    layers: Layers,
-    num_probes: int,
-    curvature: str,
-    probe: str,
-    has_aux: bool,
-) -> tuple[jax.Array, PyTree]:
-    """As `hessian_trace_penalty`, with the gradient in at least float32 whatever the parameters are in."""
-    check_key(key)
-    check_count("num_probes", num_probes)
-    if isinstance(batch, Batches):
-        raise TypeError("the penalty takes one batch, not Batches; give the batch of the step")
-    if curvature not in ("hessian", "ggn"):
-        raise ValueError(f"the penalty takes curvature 'hessian' or 'ggn', got {curvature!r}")
-    loss, params = prepare(curvature, loss, params, batch, has_aux)
-    weights = leaf_weights(loss, params, batch, layers)
-    in_loop = num_probes > 1 and _runs_in_loop(loss, params, batch)
-    spec = _Penalty(loss, curvature, sampler(probe), num_probes, weights, in_loop)
-    check_forward_mode(loss, (params, batch), partial(_penalty, spec), (params, batch, key))
-    penalty, gradient = _penalty(spec, params, batch, key)
-    return penalty.astype(at_least_float32(*jax.tree.leaves(params))), gradient
+@dataclasses.dataclass(frozen=True, eq=False)
+class Penalty:
+    """What is penalised, checked as far as can be seen without parameters; arguments as for `hessian_trace_penalty`."""
+
+    loss: Callable
+    layers: Layers = "all"
+    num_probes: int = 1
+    curvature: str = "hessian"
+    probe: str = "rademacher"
+    has_aux: bool = False
+
+    def __post_init__(self):
+        check_count("num_probes", self.num_probes)
+        if self.curvature not in ("hessian", "ggn"):
+            raise ValueError(f"the penalty takes curvature 'hessian' or 'ggn', got {self.curvature!r}")
+        _check_layers(self.layers)
+        sampler(self.probe)
+
+    def __call__(self, params: PyTree, batch: PyTree, key: jax.Array) -> tuple[jax.Array, PyTree]:
+        """The penalty and its gradient, in at least float32 whatever the parameters are in."""
+        check_key(key)
+        if isinstance(batch, Batches):
+            raise TypeError("the penalty takes one batch, not Batches; give the batch of the step")
+        problem = pose(self.curvature, self.loss, params, batch, self.has_aux)
+        loss, params = problem.loss, problem.params
+        in_loop = self.num_probes > 1 and _runs_in_loop(loss, params, batch)
+        weights = _leaf_weights(problem, self.layers)
+        spec = _Form(loss, self.curvature, sampler(self.probe), self.num_probes, weights, in_loop)
+        check_forward_mode(loss, (params, batch), partial(_penalty, spec), (params, batch, key))
+        value, gradient = _penalty(spec, params, batch, key)
+        return value.astype(at_least_float32(*jax.tree.leaves(params))), gradient
 
 
-def leaf_weights(loss: Callable, params: PyTree, batch: PyTree, layers: Layers) -> tuple[tuple[float, ...], ...]:
+def _leaf_weights(problem, layers):
     """The weight of each leaf of the parameters: one number, or one for each slice of scanned layers."""
-    check_layers(layers)
-    leaves = jax.tree.leaves(params)
-    if not _uses(loss, params, batch, range(len(leaves))):
+    leaves = jax.tree.leaves(problem.params)
+    used = used_inputs(program(problem.loss, problem.params, problem.batch))[: len(leaves)]
+    if not any(used):
         raise ValueError("the loss does not use the parameters, so its Hessian is zero; check what it closes over")
     if layers == "all":
         return ((1.0,),) * len(leaves)
     if layers == "middle":
-        layers = middle_layers(layer_names(params, loss, batch))
+        layers = middle_layers([layer.name for layer in problem.layers])
     named = dict(layers) if isinstance(layers, Mapping) else dict.fromkeys(layers, 1.0)
     weights: dict[int, Any] = {}  # a float, or {slice: float}
-    for layer in find_layers(params, list(named)):
+    for layer in find_layers(problem.params, list(named), problem.modules):
         for i in layer.leaves:
             slices = weights.setdefault(i, {})
             if not isinstance(slices, dict) or (slices and layer.scan_index is None):
@@ -142,18 +138,16 @@ def leaf_weights(loss: Callable, params: PyTree, batch: PyTree, layers: Layers) 
                 weights[i] = float(named[layer.name])
             else:
                 slices[layer.scan_index] = float(named[layer.name])
-    if not _uses(loss, params, batch, weights):
+    if not any(used[i] for i in weights):
         raise ValueError(f"the loss uses none of the layers {list(named)}, so the penalty is zero; choose others")
-    return tuple(_weights_of(weights.get(i, 0.0), leaf) for i, leaf in enumerate(leaves))
+
+    def of_leaf(weight, leaf):
+        return tuple(weight.get(i, 0.0) for i in range(len(leaf))) if isinstance(weight, dict) else (weight,)
+
+    return tuple(of_leaf(weights.get(i, 0.0), leaf) for i, leaf in enumerate(leaves))
 
 
-def _weights_of(weight, leaf):
-    if isinstance(weight, dict):
-        return tuple(weight.get(i, 0.0) for i in range(len(leaf)))
-    return (weight,)
-
-
-def check_layers(layers: Layers) -> None:
+def _check_layers(layers):
     """ValueError or TypeError for a selection of layers that can be seen to be wrong without the parameters."""
     if isinstance(layers, str):
         if layers not in ("all", "middle"):
@@ -181,7 +175,7 @@ def _is_weight(weight):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Penalty:
+class _Form:
     """What is static under ``jit``."""
 
     loss: Callable
@@ -202,18 +196,19 @@ class _Penalty:
 
 
 @partial(jax.jit, static_argnums=0)
+@full_precision
 def _penalty(spec, params, batch, key):
     if spec.curvature == "hessian":
-        one = _hessian_form
+        form = _hessian_form
     else:
-        one = _ggn_form if hasattr(spec.loss.criterion, "factor_product") else _ggn_form_without_factor
-    with jax.default_matmul_precision("float32"):
-        if spec.num_probes == 1:
-            return one(spec, params, batch, key)
-        one, keys = partial(one, spec, params, batch), jax.random.split(key, spec.num_probes)
-        if spec.in_loop:
-            return jax.tree.map(lambda x: x.mean(0), jax.lax.map(one, keys))
-        return _mean_over_probes(one, keys)
+        form = _ggn_form if as_criterion(spec.loss.criterion).knows_factor else _ggn_form_without_factor
+    one = partial(form, spec, params, batch)
+    if spec.num_probes == 1:
+        return one(key)
+    keys = jax.random.split(key, spec.num_probes)
+    if spec.in_loop:
+        return jax.tree.map(lambda x: x.mean(0), jax.lax.map(one, keys))
+    return _mean_over_probes(one, keys)
 
 
 def _mean_over_probes(one, keys):
@@ -253,11 +248,13 @@ def _hessian_form(spec, params, batch, key):
 
 
 def _ggn_form(spec, params, batch, key):
+    criterion = as_criterion(spec.loss.criterion)
+
     def predict(p):
         return spec.loss.predict(p, batch)
 
     def noisy(outputs):
-        return output_factor_product(spec.loss.criterion, outputs, batch, noise)
+        return criterion.factor_product(outputs, batch, noise)
 
     def transposed(p, cotangent):
         return jax.vjp(predict, p)[1](cotangent)[0]
@@ -280,7 +277,7 @@ def _ggn_form_without_factor(spec, params, batch, key):
 
     def form(p):
         outputs, tangent = jax.jvp(lambda q: spec.loss.predict(q, batch), (p,), (v,))
-        return jnp.vdot(tangent, output_hessian_product(spec.loss.criterion, outputs, batch, tangent))
+        return jnp.vdot(tangent, as_criterion(spec.loss.criterion).hessian_product(outputs, batch, tangent))
 
     return jax.value_and_grad(form)(params)
 
@@ -288,23 +285,9 @@ def _ggn_form_without_factor(spec, params, batch, key):
 def _runs_in_loop(loss, params, batch):
     """Whether probes are better taken in a loop: the net runs in one itself, and has no convolutions outside of it.
 
-    What a scan keeps for the backward pass XLA's CPU backend lays out for all probes at once, in whatever order they
+    XLA's CPU backend lays out what a scan keeps for the backward pass for all probes at once, in whatever order they
     run.
     """
     found = list(equations(program(loss, params, batch)))
     convolves = any(eqn.primitive.name == "conv_general_dilated" and not inside for eqn, inside in found)
     return not convolves and any(inside for _, inside in found)
-
-
-def _uses(loss, params, batch, leaves):
-    """Whether the loss depends on some of these leaves of the parameters, by its jaxpr."""
-    jaxpr = jax.make_jaxpr(loss)(params, batch).jaxpr
-    reached = {jaxpr.invars[i] for i in leaves}
-
-    def inside(var):
-        return not hasattr(var, "val") and var in reached  # a literal has a value, and no hash
-
-    for eqn in jaxpr.eqns:
-        if any(map(inside, eqn.invars)):
-            reached.update(eqn.outvars)
-    return inside(jaxpr.outvars[0])

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import html
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import jax
+import optax
 
 from jaxhess._checks import check_key
-from jaxhess.distances import count_outliers, outlier_range, wasserstein
-from jaxhess.lanczos import dimension, tree_norm
-from jaxhess.layers import layer_names, subtree
+from jaxhess._trees import tree_norm
 from jaxhess.objective import NoFactorError, Objective
-from jaxhess.operators import prepare
-from jaxhess.spectrum import Spectrum, spectra_of_layers
-from jaxhess.trace import Estimate, layer_traces
+from jaxhess.problem import pose
+from jaxhess.quadrature import Runs, spectra_of
+from jaxhess.spectra import Spectrum, count_outliers, outlier_range, wasserstein
+from jaxhess.traces import Estimate, Plan, traces_of
 
 PyTree = Any
 
@@ -105,40 +105,49 @@ class Summary(Mapping):
             for name, record in self.items()
         }
 
-    def __str__(self) -> str:
-        heads = (
-            "layer",
-            "params",
-            "Tr Hess",
-            "Tr G",
-            "lambda_max",
-            "lambda_min",
-            "Tr*|w|^2",
-            "outliers",
-            "W1 to total",
-        )
-        rows = [heads]
+    def _cells(self):
+        """The table as words: its head and its rows."""
+        yield ("layer", "params", "Tr Hess", "Tr G", "lambda_max", "lambda_min", "Tr*|w|^2", "outliers", "W1 to total")
         for name, r in self.items():
-            rows.append(
-                (
-                    name,
-                    f"{r.parameters:,}",
-                    str(r.trace),
-                    "-" if r.ggn_trace is None else str(r.ggn_trace),
-                    f"{r.lambda_max:.4g} ({r.lambda_max_residual:.0e})",
-                    f"{r.lambda_min:.4g} ({r.lambda_min_residual:.0e})",
-                    str(r.trace._replace(mean=r.trace_norm2, std_error=r.trace_norm2_error)),
-                    "-".join(map(str, sorted(set(r.outliers_range)))),
-                    "-" if name == "total" else f"{r.wasserstein:.3g} +- {r.wasserstein_error:.1g}",
-                )
+            yield (
+                name,
+                f"{r.parameters:,}",
+                str(r.trace),
+                "-" if r.ggn_trace is None else str(r.ggn_trace),
+                f"{r.lambda_max:.4g} ({r.lambda_max_residual:.0e})",
+                f"{r.lambda_min:.4g} ({r.lambda_min_residual:.0e})",
+                str(r.trace._replace(mean=r.trace_norm2, std_error=r.trace_norm2_error)),
+                "-".join(map(str, sorted(set(r.outliers_range)))),
+                "-" if name == "total" else f"{r.wasserstein:.3g} +- {r.wasserstein_error:.1g}",
             )
+
+    def __str__(self) -> str:
+        rows = list(self._cells())
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
         lines.insert(1, "-" * len(lines[0]))
         lines.insert(len(lines) - 1, lines[1])
         return "\n".join(lines)
 
-    __repr__ = __str__
+    def _repr_html_(self) -> str:
+        head, *rows = [[html.escape(cell) for cell in row] for row in self._cells()]
+        body = "".join(f"<tr><th>{row[0]}</th>{''.join(f'<td>{cell}</td>' for cell in row[1:])}</tr>" for row in rows)
+        return f"<table><thead><tr><th>{'</th><th>'.join(head)}</th></tr></thead><tbody>{body}</tbody></table>"
+
+    def to_pandas(self) -> Any:
+        """A `pandas.DataFrame` of plain numbers, a row for each layer; standard errors of traces in their own columns.
+
+        Raises:
+          ImportError: if pandas is not installed.
+        """
+        import pandas  # only here: nothing else needs it
+
+        rows = {}
+        for name, columns in self.to_dict().items():
+            rows[name] = row = dict(columns)
+            for column in ("trace", "ggn_trace"):
+                row[column], row[f"{column}_error"] = columns[column] or (None, None)
+        return pandas.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
 
 
 def summarize(
@@ -191,61 +200,56 @@ def summarize(
     Reference: the paper's sections on layerwise spectra, lambda_max and traces.
     """
     check_key(key)
-    loss, params = prepare("hessian", objective, params, batch, has_aux)
-    spectra, equal_to_ggn = spectra_of_layers(
-        loss,
-        params,
-        batch,
-        key=key,
-        num_steps=num_steps,
-        method=method,
-        layers=layers,
-        max_bytes=max_bytes,
-        progress=progress,
-    )
+    plan, runs = Plan(num_probes, chunk_size=chunk_size), Runs(num_steps)
+    problem = pose("hessian", objective, params, batch, has_aux)
+    spectra, equal_to_ggn = spectra_of(problem, "hessian", key, runs, method, layers, max_bytes, progress)
+    exact = {name: spec for name, spec in spectra.items() if not spec.num_draws}
     trace_key, ggn_key = jax.random.split(jax.random.fold_in(key, 2**31 - 1))
-    estimate = partial(layer_traces, loss, params, batch, num_probes=num_probes, chunk_size=chunk_size)
-    names = layer_names(params, loss, batch)
-    traces = _exact_traces({name: spec for name, spec in spectra.items() if not spec.num_draws}, names)
-    if set(spectra) - set(traces):
-        traces = estimate(key=trace_key) | traces
+    traces = _traces(problem, "hessian", exact, spectra, trace_key, plan)
     ggn_traces: dict[str, Estimate] = {}
-    if isinstance(loss, Objective):
+    if isinstance(problem.loss, Objective):
         with contextlib.suppress(NoFactorError):  # a criterion that is not convex: no column Tr G
-            ggn_traces = _exact_traces({name: spectra[name] for name in equal_to_ggn}, names)
-            if set(spectra) - set(ggn_traces):
-                ggn_traces = estimate(key=ggn_key, curvature="ggn") | ggn_traces
+            equal = {name: exact[name] for name in equal_to_ggn}
+            ggn_traces = _traces(problem, "ggn", equal, spectra, ggn_key, plan)
     records = {}
     for name, spec in spectra.items():
-        weights = params if name == "total" else subtree(params, name)
-        norm2 = float(tree_norm(weights)) ** 2
-        distance, error = wasserstein(spec, spectra["total"], with_error=True)
-        records[name] = Record(
-            parameters=dimension(weights),
-            trace=traces[name],
-            ggn_trace=ggn_traces.get(name),
-            lambda_max=spec.lambda_max,
-            lambda_max_residual=float(spec.residuals[-1]),
-            lambda_min=spec.lambda_min,
-            lambda_min_residual=float(spec.residuals[0]),
-            trace_norm2=float(traces[name].mean) * norm2,
-            trace_norm2_error=float(traces[name].std_error) * norm2,
-            outliers=count_outliers(spec),
-            outliers_range=outlier_range(spec),
-            wasserstein=distance,
-            wasserstein_error=error,
-        )
+        weights = problem.layer(None if name == "total" else name).arrays(problem.params)
+        records[name] = _record(weights, spec, spectra["total"], traces[name], ggn_traces.get(name))
     return Summary(records, spectra)
 
 
-def _exact_traces(spectra, names):
-    """The traces of exact spectra, with their rounding for an error; of the net too, if all its layers are there."""
+def _record(weights, spec, total, trace, ggn_trace):
+    norm2 = float(tree_norm(weights)) ** 2
+    distance, error = wasserstein(spec, total, with_error=True)
+    return Record(
+        parameters=optax.tree.size(weights),
+        trace=trace,
+        ggn_trace=ggn_trace,
+        lambda_max=spec.lambda_max,
+        lambda_max_residual=float(spec.residuals[-1]),
+        lambda_min=spec.lambda_min,
+        lambda_min_residual=float(spec.residuals[0]),
+        trace_norm2=float(trace.mean) * norm2,
+        trace_norm2_error=float(trace.std_error) * norm2,
+        outliers=count_outliers(spec),
+        outliers_range=outlier_range(spec),
+        wasserstein=distance,
+        wasserstein_error=error,
+    )
+
+
+def _traces(problem, curvature, exact, wanted, key, plan):
+    """The traces of exact spectra, with their rounding for an error; by probes those that are wanted beside them.
+
+    That of the net is exact too if those of all its layers are.
+    """
 
     def error(spec):
         return float(spec.residuals.max()) * len(spec.nodes) ** 0.5
 
-    found = {name: Estimate(spec.trace, error(spec), 0) for name, spec in spectra.items()}
+    found = {name: Estimate(spec.trace, error(spec), 0) for name, spec in exact.items()}
+    names = [layer.name for layer in problem.layers]
     if "total" not in found and set(names) <= set(found):
         parts = [found[name] for name in names]
         found["total"] = Estimate(sum(p.mean for p in parts), sum(p.std_error**2 for p in parts) ** 0.5, 0)
-    return found
+    return found if set(wanted) <= set(found) else traces_of(problem, curvature, key, plan) | found

@@ -11,8 +11,8 @@ import numpy as np
 import optax
 
 from jaxhess._checks import at_least_float32, check_count, check_key
-from jaxhess.regularizer import Layers, check_layers, penalty_and_gradient
-from jaxhess.trace import sampler
+from jaxhess._trees import leaves_finite
+from jaxhess.regularizer import Layers, Penalty
 
 PyTree = Any
 _MISSING = object()
@@ -113,16 +113,8 @@ def add_hessian_trace(
 
     Reference: equation (5) of the paper, and its paragraph on the penalization frequency.
     """
-    check_count("every", every)
-    if not isinstance(start, (int, np.integer)) or start < 0:
-        raise ValueError(f"start must be a whole number of steps, not negative, got {start!r}")
-    check_count("num_probes", num_probes)
-    if curvature not in ("hessian", "ggn"):
-        raise ValueError(f"the penalty takes curvature 'hessian' or 'ggn', got {curvature!r}")
-    check_layers(layers)
-    sampler(probe)
-    if not (callable(gamma) or isinstance(gamma, jax.core.Tracer) or _is_coefficient(gamma)):
-        raise ValueError(f"gamma must be a finite number that is not negative, or a schedule, got {gamma!r}")
+    schedule = _Schedule.checked(gamma, every, start)
+    penalty = Penalty(loss, layers, num_probes, curvature, probe, has_aux)
     key, impl = _key_data(key)
 
     def init_fn(params):
@@ -135,17 +127,7 @@ def add_hessian_trace(
 
     def update_fn(updates, state, params=None, *others, batch=_MISSING, **extra_args):
         del extra_args
-        if others:
-            raise TypeError("the batch is given by name: tx.update(grads, state, params, batch=batch)")
-        if params is None:
-            raise ValueError("add_hessian_trace needs the parameters: tx.update(grads, state, params, batch=batch)")
-        if batch is _MISSING:
-            raise ValueError(
-                "add_hessian_trace needs the batch of the step: tx.update(grads, state, params, batch=batch); "
-                "TrainState.apply_gradients does not pass it on, so call tx.update and optax.apply_updates instead"
-            )
-        _check_masks(params)
-
+        _check_update(others, params, batch)
         if jnp.shape(state.key) != jnp.shape(key):
             raise ValueError(
                 f"the state holds a key of shape {jnp.shape(state.key)}, and key= of add_hessian_trace has one of "
@@ -154,43 +136,79 @@ def add_hessian_trace(
 
         def penalize():
             step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=impl), state.count)
-            penalty, gradient = penalty_and_gradient(
-                loss,
-                params,
-                batch,
-                key=step_key,
-                layers=layers,
-                num_probes=num_probes,
-                curvature=curvature,
-                probe=probe,
-                has_aux=has_aux,
-            )
-            if jax.tree.structure(gradient) != jax.tree.structure(updates):
-                raise ValueError(
-                    f"the updates must be a pytree like the parameters, got {jax.tree.structure(updates)} for "
-                    f"{jax.tree.structure(gradient)}; leave layers out with layers=, not by None"
-                )
-            scale = jnp.asarray(gamma(state.count) if callable(gamma) else gamma)
-            # Scaled before it is cast: 1e-8 is zero in half precision, and what gamma makes infinite must not pass.
-            added = jax.tree.map(lambda u, g: (scale.astype(g.dtype) * g).astype(u.dtype), updates, gradient)
-            valid = jnp.isfinite(penalty) & (scale >= 0)
-            for leaf in jax.tree.leaves(added):
-                valid &= jnp.isfinite(leaf).all()
-            added = jax.tree.map(lambda u, a: jnp.where(valid, u + a, u), updates, added)
-            return added, penalty.astype(state.penalty.dtype), state.skipped + (~valid).astype(state.skipped.dtype)
+            return _add(updates, state, schedule.gamma_at(state.count), *penalty(params, batch, step_key))
 
-        if every == 1 and start == 0:
-            updates, penalty, skipped = penalize()
-        else:
-            due = (state.count >= start) & ((state.count - start) % every == 0)
-            as_it_was = (updates, state.penalty, state.skipped)
-            if isinstance(due, jax.core.Tracer):
-                updates, penalty, skipped = jax.lax.cond(due, penalize, lambda: as_it_was)
-            else:  # outside jit a cond would be compiled at every step
-                updates, penalty, skipped = penalize() if due else as_it_was
-        return updates, HessianTraceState(optax.safe_increment(state.count), state.key, penalty, skipped)
+        due = schedule.due(state.count)
+        as_it_was = (updates, state.penalty, state.skipped)
+        if isinstance(due, jax.core.Tracer):
+            added, value, skipped = jax.lax.cond(due, penalize, lambda: as_it_was)
+        else:  # outside jit a cond would be compiled at every step
+            added, value, skipped = penalize() if due else as_it_was
+        return added, HessianTraceState(optax.safe_increment(state.count), state.key, value, skipped)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class _Schedule(NamedTuple):
+    """When the penalty acts, and how strongly."""
+
+    gamma: Any
+    every: int
+    start: int
+
+    @classmethod
+    def checked(cls, gamma, every, start):
+        check_count("every", every)
+        if not isinstance(start, (int, np.integer)) or start < 0:
+            raise ValueError(f"start must be a whole number of steps, not negative, got {start!r}")
+        if not (callable(gamma) or isinstance(gamma, jax.core.Tracer) or _is_coefficient(gamma)):
+            raise ValueError(f"gamma must be a finite number that is not negative, or a schedule, got {gamma!r}")
+        return cls(gamma, every, start)
+
+    def due(self, count):
+        """Whether it acts on this step."""
+        if self.every == 1 and self.start == 0:
+            return True
+        return (count >= self.start) & ((count - self.start) % self.every == 0)
+
+    def gamma_at(self, count):
+        """Its coefficient on this step."""
+        return jnp.asarray(self.gamma(count) if callable(self.gamma) else self.gamma)
+
+
+def _add(updates, state, gamma, penalty, gradient):
+    """The updates with gamma times the gradient, the penalty, and how many were left out so far."""
+    if jax.tree.structure(gradient) != jax.tree.structure(updates):
+        raise ValueError(
+            f"the updates must be a pytree like the parameters, got {jax.tree.structure(updates)} for "
+            f"{jax.tree.structure(gradient)}; leave layers out with layers=, not by None"
+        )
+    # Scaled before it is cast: 1e-8 is zero in half precision, and what gamma makes infinite must not pass.
+    added = optax.tree.cast_like(jax.tree.map(lambda g: gamma.astype(g.dtype) * g, gradient), updates)
+    valid = jnp.isfinite(penalty) & (gamma >= 0)
+    for finite in leaves_finite(added):
+        valid &= finite
+    added = jax.tree.map(lambda u, a: jnp.where(valid, u + a, u), updates, added)
+    return added, penalty.astype(state.penalty.dtype), state.skipped + (~valid).astype(state.skipped.dtype)
+
+
+def _check_update(others, params, batch):
+    """What is missing in a call of update."""
+    if others:
+        raise TypeError("the batch is given by name: tx.update(grads, state, params, batch=batch)")
+    if params is None:
+        raise ValueError("add_hessian_trace needs the parameters: tx.update(grads, state, params, batch=batch)")
+    if batch is _MISSING:
+        raise ValueError(
+            "add_hessian_trace needs the batch of the step: tx.update(grads, state, params, batch=batch); "
+            "TrainState.apply_gradients does not pass it on, so call tx.update and optax.apply_updates instead"
+        )
+    nodes = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+    if any(isinstance(node, optax.MaskedNode) for node in nodes):
+        raise ValueError(
+            "some parameters are hidden by optax.masked or optax.multi_transform, and the loss needs them all; "
+            "put add_hessian_trace outside and choose layers with its argument layers="
+        )
 
 
 def _key_data(key):
@@ -205,12 +223,3 @@ def _is_coefficient(gamma):
         return not isinstance(gamma, bool) and np.ndim(gamma) == 0 and bool(np.isfinite(gamma) and gamma >= 0)
     except TypeError:  # of what is no number, or complex
         return False
-
-
-def _check_masks(params):
-    nodes = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
-    if any(isinstance(node, optax.MaskedNode) for node in nodes):
-        raise ValueError(
-            "some parameters are hidden by optax.masked or optax.multi_transform, and the loss needs them all; "
-            "put add_hessian_trace outside and choose layers with its argument layers="
-        )

@@ -8,7 +8,8 @@ import pytest
 from helpers import as_operator, rotated
 
 import jaxhess as jh
-from jaxhess.lanczos import ritz, tree_norm
+from jaxhess._lanczos import ritz
+from jaxhess._trees import tree_norm
 
 DIM = 20
 VALUES = np.sort(np.random.default_rng(0).standard_normal(DIM))

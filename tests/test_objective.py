@@ -11,7 +11,7 @@ import pytest
 from helpers import problem
 
 import jaxhess as jh
-from jaxhess.objective import check_factor, output_factor_product, output_hessian_product
+from jaxhess.objective import as_criterion, factored
 
 SHAPES = [(5, 3), (2, 3, 4), (3,), (4, 1)]
 
@@ -50,8 +50,8 @@ def curvature(criterion, outputs, batch):
     """S by jax.hessian, S and B by the library's products: matrices over all entries of the outputs."""
     eye = jnp.eye(outputs.size, dtype=outputs.dtype).reshape(-1, *outputs.shape)
     products = [
-        jax.vmap(lambda t, f=f: f(criterion, outputs, batch, t))(eye).reshape(outputs.size, outputs.size).T
-        for f in (output_hessian_product, output_factor_product)
+        jax.vmap(lambda t, f=f: f(outputs, batch, t))(eye).reshape(outputs.size, outputs.size).T
+        for f in (as_criterion(criterion).hessian_product, as_criterion(criterion).factor_product)
     ]
     return jax.hessian(criterion)(outputs, batch).reshape(outputs.size, outputs.size), *products
 
@@ -179,7 +179,7 @@ def squared_mean(outputs, batch):
 @pytest.mark.parametrize(("criterion", "shape"), [(smooth_huber, (2, 3, 4)), (first_output_only, (5, 3))])
 def test_any_convex_criterion_has_its_hessian_and_factor(criterion, shape, x64):
     outputs, batch = helpers.cast(squared_error_data(shape), jnp.float64)
-    check_factor(criterion, outputs, batch)
+    factored(criterion, outputs, batch)
     dense, hessian, factor = curvature(criterion, outputs, batch)
     np.testing.assert_allclose(hessian, dense, atol=1e-15)
     np.testing.assert_allclose(factor @ factor.T, dense, atol=1e-15)
@@ -192,8 +192,8 @@ def test_any_convex_criterion_has_its_hessian_and_factor(criterion, shape, x64):
 def test_a_factor_is_refused_where_there_is_none(criterion, message, classes):
     outputs = helpers.normal(1, 5, classes)
     with pytest.raises(ValueError, match=f"{criterion.__name__}.*{message}.*curvature='hessian'"):
-        check_factor(criterion, outputs, None)
-    product = jax.jit(lambda outputs: output_factor_product(criterion, outputs, None, outputs))(outputs)
+        factored(criterion, outputs, None)
+    product = jax.jit(lambda outputs: as_criterion(criterion).factor_product(outputs, None, outputs))(outputs)
     assert np.isnan(product).all()  # where the outputs are not known
 
 
@@ -217,7 +217,7 @@ def test_a_factor_is_taken_in_any_units_and_where_the_curvature_vanishes():
     for factor in (1, 30, 1000):
         outputs = factor * helpers.normal(1, 50, 10)
         for criterion in (by_hand, scaled(by_hand)):
-            check_factor(criterion, outputs, None)
+            factored(criterion, outputs, None)
 
 
 @pytest.mark.parametrize("criterion", [cosine, squared_mean])

@@ -20,7 +20,7 @@ from hypothesis.extra import numpy as hnp
 
 import jaxhess as jh
 from jaxhess.layers import find_layers
-from jaxhess.trace import random_like
+from jaxhess._trees import random_like
 
 few = settings(max_examples=20, deadline=None, derandomize=True, database=None)
 many = settings(max_examples=100, deadline=None, derandomize=True, database=None)

@@ -11,7 +11,7 @@ import pytest
 from helpers import problem
 
 import jaxhess as jh
-from jaxhess import operators
+from jaxhess import _trees
 
 NETS = {"mlp": "fc1", "conv, batch norm": "norm", "lenet": "conv2"}
 FORMS = ["hessian", "ggn"]
@@ -84,7 +84,7 @@ def test_on_a_cubic_it_is_exact():
 # ---- the value ----
 
 
-@pytest.mark.parametrize("num_probes", [3, operators.UNROLLED + 1])
+@pytest.mark.parametrize("num_probes", [3, _trees.UNROLLED + 1])
 @pytest.mark.parametrize("curvature", FORMS)
 def test_of_many_probes_it_is_the_mean(curvature, num_probes):
     p = problem("mlp")

@@ -10,7 +10,7 @@ from helpers import distance, labels, normal, problem, ravel
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxhess as jh
-from jaxhess.trace import random_like
+from jaxhess._trees import random_like
 
 P = problem("mlp")
 BATCH = {"x": normal(1, 8, 3), "label": labels(2, 3, 8)}

@@ -10,7 +10,7 @@ import pytest
 from helpers import as_operator, problem
 
 import jaxhess as jh
-from jaxhess.trace import random_like, sampler
+from jaxhess._trees import random_like, sampler
 
 DIM = 12
 DIAGONAL = np.linspace(-1, 3, DIM).astype(np.float32)

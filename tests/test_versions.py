@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 import jaxhess as jh
-from jaxhess import _versions, layers
+from jaxhess import _order, _versions
 
 X = helpers.normal(0, 4, 3)
 
@@ -236,7 +236,7 @@ def change_parameters(monkeypatch, change):
         shown.params = change(eqn.params)
         return inner(shown, ins, uses)
 
-    monkeypatch.setattr(layers, "_inner", changed)
+    monkeypatch.setattr(_order, "_inner", changed)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,13 +1,180 @@
-"""Distances between spectra, and the number of outliers of one."""
+"""Spectra as measures: densities, distances between them, and the number of outliers; numpy alone."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
+import scipy.special
 import scipy.stats
 
-from jaxhess.spectrum import Spectrum, broadening, is_point
+from jaxhess._checks import check_choice, check_count, check_known
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Spectrum:
+    """A spectral measure: sum_i weights_i * delta(t - nodes_i), of total mass 1.
+
+    From Lanczos the nodes are Ritz values and the weights the squared first entries of the eigenvectors of T
+    (averaged over draws); an exact spectrum has the eigenvalues with weights 1/dim. Anyone may make one:
+    ``Spectrum(nodes, weights, dim)``, or `Spectrum.from_eigenvalues`.
+
+    Attributes:
+      nodes: (m,) float64, sorted ascending.
+      weights: (m,) float64, not negative, sum 1.
+      dim: the number of eigenvalues, so that dim * mean is the trace.
+      num_steps: the Lanczos steps of a draw, which set the width of the density; 128 for an exact spectrum.
+      residuals: (m,): within each of its node lies an eigenvalue. What Lanczos left undone, and the noise of the
+        products: what they do not repeat, and the rounding inside the operator. Zeros unless given.
+      num_draws: the random start vectors that the weights are averaged over; 0 where the weights are exact.
+
+    Raises:
+      ValueError: for nodes and weights of different lengths, no nodes, values that are not finite, negative weights
+        or a sum other than 1, or ``dim`` below 1.
+
+    Example:
+      >>> import jaxhess as jh
+      >>> spec = jh.Spectrum([0.0, 2.0], [0.75, 0.25], dim=4)
+      >>> spec.mean, spec.lambda_max, spec.trace
+      (0.5, 2.0, 2.0)
+
+    Reference: Golub and Welsch 1969, Calculation of Gauss quadrature rules (nodes and weights from T).
+    """
+
+    nodes: np.ndarray
+    weights: np.ndarray
+    dim: int
+    num_steps: int = 128
+    residuals: np.ndarray = None  # type: ignore[assignment]
+    num_draws: int = 0
+
+    def __post_init__(self):
+        check_known("a Spectrum is made", "make it outside", self.nodes, self.weights, self.residuals)
+        nodes, weights = np.asarray(self.nodes, np.float64), np.asarray(self.weights, np.float64)
+        residuals = np.zeros_like(nodes) if self.residuals is None else np.asarray(self.residuals, np.float64)
+        if not (nodes.ndim == 1 and nodes.size and nodes.shape == weights.shape == residuals.shape):
+            raise ValueError(
+                f"a spectrum takes nodes, weights and residuals of one shape (m,), m >= 1, got {nodes.shape}, "
+                f"{weights.shape}, {residuals.shape}"
+            )
+        if not all(np.isfinite(x).all() for x in (nodes, weights, residuals)):
+            raise ValueError("the nodes, weights or residuals of the spectrum are not finite")
+        if weights.min() < 0 or abs(weights.sum() - 1) > 1e-3:
+            raise ValueError(f"weights must be >= 0 with sum 1, got minimum {weights.min()} and sum {weights.sum()}")
+        check_count("dim", self.dim)
+        check_count("num_steps", self.num_steps)
+        order = np.argsort(nodes, kind="stable")
+        for name, value in (("nodes", nodes), ("weights", weights / weights.sum()), ("residuals", residuals)):
+            object.__setattr__(self, name, value[order])
+
+    @classmethod
+    def from_eigenvalues(cls, values: np.ndarray, dim: int | None = None) -> Spectrum:
+        """The exact spectrum of given eigenvalues; those up to ``dim`` that are not given are zero."""
+        check_known("a Spectrum is made", "make it outside", values)
+        values = np.asarray(values, np.float64).ravel()
+        dim = len(values) if dim is None else dim
+        if dim == 0:
+            raise ValueError("no eigenvalues were given, and no dimension; a spectrum holds at least one")
+        if len(values) > dim:
+            raise ValueError(f"{len(values)} eigenvalues were given for dimension {dim}")
+        zeros = dim - len(values)
+        nodes = np.append(values, 0.0) if zeros else values
+        return cls(nodes, np.append(np.full(len(values), 1 / dim), zeros / dim)[: len(nodes)], dim)
+
+    @property
+    def lambda_max(self) -> float:
+        """The largest node."""
+        return float(self.nodes[-1])
+
+    @property
+    def lambda_min(self) -> float:
+        """The smallest node."""
+        return float(self.nodes[0])
+
+    @property
+    def mean(self) -> float:
+        """The mean eigenvalue."""
+        return float(self.weights @ self.nodes)
+
+    @property
+    def trace(self) -> float:
+        """dim * mean; for Lanczos an estimate from as many probes as draws."""
+        return self.dim * self.mean
+
+    def density(
+        self, num_points: int = 1024, kappa: float = 1.25, *, margin: float = 0.05, grid: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The Gaussian-broadened density: phi(t) = sum_i w_i N(t; lambda_i, sigma^2).
+
+        sigma = R / ((M - 1) sqrt(8 ln kappa)) with M steps and R the range of the Ritz values widened by their
+        residuals and by ``margin`` on either side: a bump in the middle between two nodes of an even spacing R / (M -
+        1) falls by the factor kappa. The width is never below 3/4 of the grid's spacing, which keeps the integral
+        right, and nothing in it is absolute: scaling the operator scales the picture. (A spectrum that is a single
+        point has no scale; its width is taken from |lambda|, or from 1 at zero.)
+
+        Args:
+          num_points: points of the grid.
+          kappa: how far a bump may fall between two nodes, > 1.
+          margin: what the range gets on either side, as a share of it.
+          grid: (n,) points of one's own; by default evenly spaced over the range and five sigma beyond.
+
+        Returns:
+          grid (n,) and phi (n,); phi integrates to 1 over the default grid.
+
+        Raises:
+          ValueError: for fewer than two points, kappa <= 1 or a negative margin.
+
+        Reference: Lin, Saad and Yang 2016, section 3.2.3; Papyan 2018, appendix; Algorithm 2 of the paper.
+        """
+        grid, log_phi = self.log_density(num_points, kappa, margin=margin, grid=grid)
+        return grid, np.exp(log_phi)
+
+    def log_density(
+        self, num_points: int = 1024, kappa: float = 1.25, *, margin: float = 0.05, grid: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The natural logarithm of `density`, finite where the density underflows; arguments as there."""
+        low, high, sigma = _broadening([self], num_points, kappa, margin)
+        if grid is None:
+            grid = np.linspace(low, high, num_points)
+        return grid, _log_density(self, np.asarray(grid, np.float64), sigma)
+
+
+def _log_density(spec, grid, sigma):
+    some = spec.weights > 0
+    exponents = -0.5 * ((grid[:, None] - spec.nodes[some]) / sigma) ** 2
+    norm = np.log(sigma) + 0.5 * np.log(2 * np.pi)
+    return scipy.special.logsumexp(exponents, axis=1, b=spec.weights[some]) - norm
+
+
+def _broadening(spectra, num_points, kappa, margin=0.05):
+    """A grid's ends and a Gaussian's width for one spectrum, or for several on a common grid."""
+    if num_points < 2:
+        raise ValueError(f"a density needs num_points >= 2, got {num_points}")
+    if not kappa > 1:
+        raise ValueError(f"kappa must be above 1, got {kappa}")
+    if margin < 0:
+        raise ValueError(f"margin must not be negative, got {margin}")
+    low = min(float((s.nodes - s.residuals).min()) for s in spectra)
+    high = max(float((s.nodes + s.residuals).max()) for s in spectra)
+    size = max(abs(low), abs(high))
+    if high - low <= 1e-9 * size or size == 0 or _is_point(spectra):
+        width = 1e-2 * (size or 1.0)
+        low, high = low - width, high + width
+    low, high = low - margin * (high - low), high + margin * (high - low)
+    steps = max(max(s.num_steps for s in spectra) - 1, 1)
+    sigma = (high - low) / (steps * np.sqrt(8 * np.log(kappa)))
+    # The grid reaches five sigma beyond; solved for the spacing that goes with it.
+    floor = 0.75 * (high - low) / max(num_points - 1 - 7.5, 0.5)
+    sigma = max(sigma, floor)
+    return low - 5 * sigma, high + 5 * sigma, sigma
+
+
+def _is_point(spectra):
+    """Whether all nodes are one number but for rounding, as the residuals have it."""
+    nodes = np.concatenate([s.nodes for s in spectra])
+    rounding = max(float(s.residuals.max()) for s in spectra)
+    return rounding <= 1e-5 * np.abs(nodes).max() and np.ptp(nodes) <= 2 * rounding
 
 
 def wasserstein(a: Spectrum, b: Spectrum, *, normalize: bool = False, with_error: bool = False) -> Any:
@@ -44,7 +211,7 @@ def wasserstein(a: Spectrum, b: Spectrum, *, normalize: bool = False, with_error
     error = _weight_error(a) + _weight_error(b)
     if normalize:
         width = max(a.lambda_max, b.lambda_max) - min(a.lambda_min, b.lambda_min)
-        unit = 0.0 if width == 0 or is_point([a, b]) else 1 / width
+        unit = 0.0 if width == 0 or _is_point([a, b]) else 1 / width
         distance, error = distance * unit, error * unit
     return (distance, error) if with_error else distance
 
@@ -164,8 +331,7 @@ def count_outliers(spec_or_values: Spectrum | np.ndarray, *, method: str = "gap"
     Reference: Ahn and Horenstein 2013, Eigenvalue ratio test for the number of factors (the ratio, and the bound by
     the mean); Zhu and Ghodsi 2006, Automatic dimensionality selection from the scree plot ("profile").
     """
-    if method not in ("gap", "profile"):
-        raise ValueError(f"unknown method {method!r}; choose from ['gap', 'profile']")
+    check_choice("method", method, ("gap", "profile"))
     spec = spec_or_values
     if not isinstance(spec, Spectrum):
         spec = Spectrum.from_eigenvalues(spec)
@@ -223,9 +389,9 @@ def _check(*spectra):
 def _common_densities(a, b, num_points, kappa):
     """Logarithms of both densities as probabilities of the cells of a common grid."""
     _check(a, b)
-    low, high, sigma = broadening([a, b], num_points, kappa)
+    low, high, sigma = _broadening([a, b], num_points, kappa)
     grid = np.linspace(low, high, num_points)
-    logs = [spec._log_density_on(grid, sigma) for spec in (a, b)]
+    logs = [_log_density(spec, grid, sigma) for spec in (a, b)]
     return [log - np.logaddexp.reduce(log) for log in logs]
 
 

@@ -1,0 +1,341 @@
+"""The Lanczos recurrence on pytrees: A Q = Q T + r e_k', with Ritz values and vectors from T.
+
+The basis is a pytree of leaves stacked along a leading axis, (steps, *leaf.shape): it shards like the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import scipy.linalg
+from numpy.typing import ArrayLike
+
+from jaxhess._checks import (
+    NotFiniteError,
+    at_least_float32,
+    check_count,
+    check_key,
+    check_known,
+    check_like,
+    is_traced,
+    standard_promotion,
+)
+from jaxhess._linear import as_linear
+from jaxhess._trees import full_precision, random_like, spread, tree_norm
+
+PyTree = Any
+
+
+class Tridiagonal(NamedTuple):
+    """What `lanczos` found: T with diagonal ``alphas`` and off-diagonal ``betas[:-1]``.
+
+    Attributes:
+      alphas: (m,), the diagonal of T = Q' A Q.
+      betas: (m,), the off-diagonal; the last is the norm of the remainder r, 0 where the recurrence broke down.
+      num_steps: the steps that count; fewer than asked for after a breakdown or beyond the dimension.
+      basis: pytree of (m, *leaf.shape), orthonormal rows; None without reorthogonalisation.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxhess as jh
+      >>> t = jh.lanczos(lambda v: 3.0 * v, jnp.ones(2), 2)
+      >>> t.num_steps, [round(float(x), 4) for x in t.alphas]
+      (1, [3.0])
+
+    Reference: Parlett 1998, The symmetric eigenvalue problem, chapter 13.
+    """
+
+    alphas: jax.Array | np.ndarray
+    betas: jax.Array | np.ndarray
+    num_steps: jax.Array | int
+    basis: PyTree | None
+
+
+def lanczos(
+    operator: Callable[[PyTree], PyTree],
+    start: PyTree,
+    num_steps: int,
+    *,
+    reorthogonalize: bool | str = True,
+    restart_key: jax.Array | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tridiagonal:
+    """Lanczos's recurrence from a start vector.
+
+    With ``reorthogonalize`` each new vector is orthogonalised twice against all earlier ones, and Ritz values have
+    no ghosts; memory is that of ``num_steps`` vectors. Without, three vectors are held: enough for a density, for
+    ghost copies share the weight of the eigenvalue that they copy.
+
+    Outside ``jit`` it is a host loop over a compiled step, which is the quicker form on a CPU (convolutions inside
+    a compiled loop run several times slower there) and stops at a breakdown. Under ``jit`` it becomes a compiled
+    loop; steps after a breakdown then count as zeros, and ``num_steps`` of the result says how many are real.
+
+    Args:
+      operator: a symmetric v -> A v; over `Batches` only outside ``jit``.
+      start: a pytree of floating-point arrays, not zero; it need not be normalised.
+      num_steps: steps; at most the dimension are taken.
+      reorthogonalize: keep and use the basis; "host" keeps it in the host's memory, in numpy, for what the device
+        cannot hold: its steps wait for the transfers.
+      restart_key: with a JAX random key, a breakdown (an invariant subspace is exhausted) continues with a random
+        vector orthogonal to the basis, which finds repeated eigenvalues; needs the basis.
+      progress: ``progress(done, num_steps)``, called after each step of the host loop.
+
+    Returns:
+      `Tridiagonal`.
+
+    Raises:
+      ValueError: for fewer than one step, an empty start, a restart without a basis, another word than "host", or
+        (outside ``jit``) a start vector that is zero or a product that is not finite.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxhess as jh
+      >>> t = jh.lanczos(lambda v: jnp.array([1.0, 2.0]) * v, jnp.ones(2), 2)
+      >>> [round(float(x), 4) for x in t.alphas], round(float(t.betas[0]), 4)
+      ([1.5, 1.5], 0.5)
+
+    Reference: Lanczos 1950; Parlett 1998, The symmetric eigenvalue problem, chapter 13.
+    """
+    check_count("num_steps", num_steps)
+    check_like("start", start)
+    if reorthogonalize not in (True, False, "host"):
+        raise ValueError(f"reorthogonalize must be True, False or 'host', got {reorthogonalize!r}")
+    if restart_key is not None and not reorthogonalize:
+        raise ValueError("a restart needs the basis to be orthogonal to; use reorthogonalize=True")
+    if restart_key is not None:
+        check_key(restart_key, "restart_key")
+    num_steps = min(num_steps, optax.tree.size(start))
+    operator = as_linear(operator)
+    norm = tree_norm(start)
+    traced = is_traced(operator, norm, restart_key)
+    if traced and (operator.func.on_host or reorthogonalize == "host"):
+        what = "a basis on the host" if reorthogonalize == "host" else "an operator over Batches"
+        raise TypeError(f"{what} needs a loop on the host and cannot run under jit; call it outside")
+    if not traced and not (np.isfinite(norm) and norm > 0):
+        raise ValueError(f"Lanczos needs a start vector that is finite and not zero, got norm {norm}")
+    state = _begin(start, num_steps)
+    basis = _empty_basis(state.vector, num_steps, reorthogonalize)
+    run = _run_compiled if traced else partial(_run_on_host, progress=progress)
+    return run(operator, state, basis, restart_key, num_steps)
+
+
+def _run_compiled(operator, state, basis, restart_key, num_steps):
+    def body(_, carry):
+        state, basis = carry
+        following = _step(basis, state, operator(state.vector), restart_key)
+        return following, basis.write(state.vector, state.step)
+
+    state, basis = jax.lax.fori_loop(0, num_steps, body, (state, basis))
+    return Tridiagonal(state.alphas, state.betas, state.num_valid, basis.rows)
+
+
+def _run_on_host(operator, state, basis, restart_key, num_steps, progress):
+    step = _step_in_numpy if isinstance(jax.tree.leaves(basis)[0], np.ndarray) else _compiled_step
+    for done in range(1, num_steps + 1):
+        vector = state.vector
+        following = step(basis, state, operator(vector), restart_key)
+        basis, state = basis.write(vector, state.step), following
+        if not np.isfinite(float(state.scale)):
+            why = operator.func.why_not_finite(*operator.args, vector)
+            raise NotFiniteError(f"the product is not finite at Lanczos step {done}: {why}")
+        if progress is not None:
+            progress(done, num_steps)
+        if not state.alive:
+            break
+    # Cut on the host: a slice on the device would be compiled for each length.
+    alphas, betas = (np.asarray(x)[:done] for x in (state.alphas, state.betas))
+    rows = basis.rows if done == num_steps else jax.tree.map(lambda rows: rows[:done], basis.rows)
+    return Tridiagonal(alphas, betas, done, rows)
+
+
+def ritz(alphas: ArrayLike, betas: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Eigenvalues of T, ascending, its eigenvectors in columns, and the residual norms of the Ritz pairs.
+
+    The residual of A y - theta y is |beta_m s_m|, where s_m is the last entry of the eigenvector: some eigenvalue of A
+    lies within it of the Ritz value theta. 30 eps max |theta| is added, in the precision of ``alphas``, for the
+    rounding of the products; what an operator rounds more coarsely than that only its products can show. In float64,
+    on the host.
+
+    Args:
+      alphas, betas: (m,) as in `Tridiagonal`.
+
+    Returns:
+      values (m,), vectors (m, m), residuals (m,).
+
+    Raises:
+      TypeError: under ``jit``.
+    """
+    functions = "spectrum, layer_spectra, top_eigenpairs and summarize"
+    check_known(
+        "Ritz values are computed", f"call {functions} outside; lanczos and layer_traces run inside too", alphas, betas
+    )
+    eps = np.finfo(np.asarray(alphas).dtype).eps
+    alphas, betas = np.asarray(alphas, np.float64), np.asarray(betas, np.float64)
+    values, vectors = scipy.linalg.eigh_tridiagonal(alphas, betas[:-1])
+    return values, vectors, np.abs(betas[-1] * vectors[-1]) + 30 * eps * np.abs(values).max()
+
+
+# ---- the recurrence ----
+
+
+class _State(NamedTuple):
+    step: jax.Array
+    alphas: jax.Array
+    betas: jax.Array
+    scale: jax.Array  # the largest coefficient so far: what "zero" is measured against
+    alive: jax.Array  # False after a breakdown without restart
+    num_valid: jax.Array
+    vector: PyTree  # q_j, the direction of the next product; zero after a breakdown
+
+
+@partial(jax.jit, static_argnums=1)
+@standard_promotion
+def _begin(start, num_steps):
+    start = jax.tree.map(lambda x: jnp.asarray(x, at_least_float32(x)), start)
+    dtype = at_least_float32(*jax.tree.leaves(start))
+    return _State(
+        step=jnp.array(0),
+        alphas=jnp.zeros(num_steps, dtype),
+        betas=jnp.zeros(num_steps, dtype),
+        scale=jnp.zeros((), dtype),
+        alive=jnp.array(True),
+        num_valid=jnp.array(0),
+        vector=optax.tree.cast_like(optax.tree.scale(1 / tree_norm(start), start), start),
+    )
+
+
+@standard_promotion
+def _step(basis, state, product, restart_key):
+    """One step, given the product with the state's vector, which is not yet a row of the basis."""
+    rest = basis.remainder(state, product)
+    following, exhausted = _follow(state, product, rest)
+    if restart_key is None:
+        return following
+    key = jax.random.fold_in(restart_key, state.step)
+
+    def fresh():
+        return optax.tree.cast_like(basis.fresh(state, key), state.vector)
+
+    if isinstance(exhausted, jax.core.Tracer):
+        vector = jax.lax.cond(exhausted, fresh, lambda: following.vector)
+    else:
+        vector = fresh() if exhausted else following.vector
+    return following._replace(vector=vector, alive=state.alive)
+
+
+_compiled_step = jax.jit(_step)
+
+
+def _step_in_numpy(basis, state, product, restart_key):
+    state, product = jax.tree.map(np.asarray, (state, product))
+    rows = jax.tree.map(lambda rows: rows[: int(state.step)], basis.rows)  # the rest is not written yet
+    return _step(_Basis(rows), state, product, restart_key)
+
+
+@jax.jit
+def _follow(state, product, rest):
+    """The state after a step with this remainder, and whether the remainder is zero."""
+    alpha, beta = optax.tree.vdot(state.vector, product), tree_norm(rest)
+    scale = jnp.maximum(state.scale, jnp.maximum(jnp.abs(alpha), beta))
+    exhausted = beta <= 10 * jnp.finfo(beta.dtype).eps * scale
+    beta = jnp.where(exhausted, 0, beta)
+    vector = optax.tree.scale(jnp.where(exhausted, 0, 1 / jnp.where(exhausted, 1, beta)), rest)
+    following = _State(
+        step=state.step + 1,
+        alphas=state.alphas.at[state.step].set(alpha),
+        betas=state.betas.at[state.step].set(beta),
+        scale=scale,
+        alive=state.alive & ~exhausted,
+        num_valid=state.num_valid + state.alive.astype(int),
+        vector=optax.tree.cast_like(vector, state.vector),
+    )
+    return following, exhausted
+
+
+# ---- the basis: what the next vector must be orthogonal to ----
+
+
+class _Basis(NamedTuple):
+    """All vectors so far as rows, (steps, *leaf.shape), on the device or in numpy; those not yet written are zero."""
+
+    rows: PyTree
+
+    def remainder(self, state, product):
+        """The product without its parts along the basis and the last vector, which are all of T's new column."""
+        once = _orthogonalize(self.rows, state.vector, product)
+        return _orthogonalize(self.rows, state.vector, once)  # twice is enough (Parlett 1998, 6.9)
+
+    def fresh(self, state, key):
+        """A random unit vector orthogonal to the basis and the last vector; zero where they span the space."""
+        drawn = random_like(key, state.vector)
+        drawn = jax.tree.map(lambda x, rows: np.asarray(x) if isinstance(rows, np.ndarray) else x, drawn, self.rows)
+        size = optax.tree.norm(drawn)
+        vector = self.remainder(state, drawn)
+        norm = optax.tree.norm(vector)
+        ok = norm > 100 * jnp.finfo(norm.dtype).eps * size
+        return optax.tree.scale(jnp.where(ok, 1 / jnp.where(ok, norm, 1), 0), vector)
+
+    def write(self, vector, step):
+        """The basis with one row more, in place."""
+        if not isinstance(jax.tree.leaves(self.rows)[0], np.ndarray):
+            return _write(self, vector, step)
+        for rows, x in zip(jax.tree.leaves(self.rows), jax.tree.leaves(vector), strict=True):
+            rows[int(step)] = x
+        return self
+
+
+@partial(jax.jit, donate_argnums=0)
+def _write(basis, vector, step):
+    """Kept separate from `_step`: fused with a reader, XLA copies the basis."""
+    return _Basis(jax.tree.map(lambda rows, q: rows.at[step].set(q), basis.rows, vector))
+
+
+class _LastVector(NamedTuple):
+    """The vector before the last alone: the recurrence of three terms."""
+
+    previous: PyTree
+
+    @property
+    def rows(self):
+        return None
+
+    def remainder(self, state, product):
+        alpha, last = optax.tree.vdot(state.vector, product), state.betas[state.step - 1]  # at step 0 the last one, 0
+        return jax.tree.map(lambda w, q, p: w - alpha * q - last * p, product, state.vector, self.previous)
+
+    def write(self, vector, step):
+        del step
+        return _LastVector(vector)
+
+
+def _empty_basis(vector, num_steps, where):
+    """Zeros for so many vectors, on the host or each spread over devices as this one is."""
+
+    def zeros(x):
+        if where == "host":
+            return np.zeros((num_steps, *x.shape), x.dtype)
+        sharding = spread(x)
+        if sharding is not None:
+            spec = jax.sharding.PartitionSpec(None, *sharding.spec)
+            sharding = jax.sharding.NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
+        return jnp.zeros((num_steps, *x.shape), x.dtype, device=sharding)
+
+    return _Basis(jax.tree.map(zeros, vector)) if where else _LastVector(optax.tree.zeros_like(vector))
+
+
+@full_precision
+def _orthogonalize(basis, last, vector):
+    """The vector less its projection onto the rows of the basis and onto the last vector, not yet a row."""
+    # Methods and operators alone, so that what is in numpy stays there.
+    triples = list(zip(*map(jax.tree.leaves, (basis, last, vector)), strict=True))
+    flat = [rows.reshape(len(rows), x.size) for rows, _, x in triples]
+    coefficients = sum(rows @ x.ravel() for rows, (_, _, x) in zip(flat, triples, strict=True))
+    overlap = sum(q.ravel() @ x.ravel() for _, q, x in triples)
+    rests = [
+        x - (coefficients @ rows).reshape(x.shape) - overlap * q for rows, (_, q, x) in zip(flat, triples, strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(vector), rests)

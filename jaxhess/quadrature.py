@@ -1,0 +1,284 @@
+"""Spectra by stochastic Lanczos quadrature, of one operator and of all layers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from jaxhess._checks import NotFiniteError, check_choice, check_count, check_key, check_like
+from jaxhess._diagnosis import why_not_finite
+from jaxhess._lanczos import lanczos, ritz
+from jaxhess._linear import as_linear
+from jaxhess._noise import Run, noise, ritz_run
+from jaxhess._trees import random_like, tree_norm
+from jaxhess.gram import NoGramError, gram_eigenvalues, gram_rows
+from jaxhess.operators import block, linearize, product
+from jaxhess.problem import Problem, pose
+from jaxhess.spectra import Spectrum
+
+PyTree = Any
+_GRAM_ROWS = 2000
+_CHECK = 2**31 - 2  # folded into the key for the vectors that tell where H_l vanishes
+
+
+def spectrum(
+    operator: Callable[[PyTree], PyTree],
+    *,
+    like: PyTree,
+    key: jax.Array,
+    num_steps: int = 128,
+    num_draws: int = 1,
+    reorthogonalize: bool | str = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> Spectrum:
+    """The spectrum of an operator by stochastic Lanczos quadrature.
+
+    Each draw is a Gaussian start vector; its Ritz values and the squared first entries of the eigenvectors of T are
+    the nodes and weights of a Gauss quadrature for the spectral measure, exact for polynomials of degree 2 m - 1 as
+    that vector sees them. Draws are averaged.
+
+    Args:
+      operator: a symmetric v -> A v, as from `hessian`; `linearize` it first for speed.
+      like: a pytree of arrays like v.
+      key: a JAX random key.
+      num_steps: Lanczos steps of a draw, fewer where the Krylov space is exhausted. From the dimension on the result
+        is exact: all eigenvalues, repeated ones too, with weights 1/dim.
+      num_draws: start vectors.
+      reorthogonalize: False holds three vectors instead of all: right for the density, but the extreme nodes then
+        come with ghost copies. "host" keeps all in the host's memory.
+      progress: ``progress(done, total)`` in steps over all draws.
+
+    Returns:
+      `Spectrum`, on the host in float64.
+
+    Raises:
+      ValueError: for fewer than one step or draw, an empty ``like``, a product that is not finite, or an operator that
+        does not repeat itself or is not symmetric.
+      TypeError: under ``jit``, where `lanczos` runs in its place, or for a key that is none.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxhess as jh
+      >>> spec = jh.spectrum(lambda v: jnp.arange(4.0) * v, like=jnp.zeros(4), key=jax.random.key(0))
+      >>> bool(abs(spec.nodes - [0, 1, 2, 3]).max() < 1e-5)
+      True
+
+    Reference: Ubaru, Chen and Saad 2017, Fast estimation of tr(f(A)) via stochastic Lanczos quadrature; Lin, Saad
+    and Yang 2016; Algorithm 2 of the paper.
+    """
+    check_key(key)
+    check_like("like", like)
+    runs = Runs(num_steps, num_draws, reorthogonalize)
+    operator = as_linear(operator)
+    found = {"": runs.quadrature(operator, like, key, progress)}
+    return _with_noise(operator, lambda product, _: product, found, like, key)[""]
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """The runs of Lanczos for one spectrum; arguments as for `spectrum`."""
+
+    num_steps: int
+    num_draws: int = 1
+    reorthogonalize: bool | str = True
+
+    def __post_init__(self):
+        check_count("num_steps", self.num_steps)
+        check_count("num_draws", self.num_draws)
+
+    def count(self, dim: int) -> int:
+        """The steps that are taken: all of a small operator once, or those of each draw."""
+        return dim if self._takes_all(dim) else min(dim, self.num_steps) * self.num_draws
+
+    def _takes_all(self, dim):
+        return self.num_steps >= dim and self.reorthogonalize
+
+    def quadrature(self, operator: Callable, like: PyTree, key: jax.Array, progress: Any) -> tuple[Spectrum, Run]:
+        """The spectrum as the recurrence has it, and what its noise is measured at: the `Run` of the first draw."""
+        dim = optax.tree.size(like)
+        run = partial(lanczos, operator, reorthogonalize=self.reorthogonalize)
+        if self._takes_all(dim):
+            found = run(random_like(key, like), dim, restart_key=jax.random.fold_in(key, 1), progress=progress)
+            values, _, residuals = ritz(found.alphas, found.betas)
+            return Spectrum(values, np.full(dim, 1 / dim), dim, self.num_steps, residuals), ritz_run(found)
+        steps, draws = min(self.num_steps, dim), []
+        for draw in range(self.num_draws):
+            report = _shifted(progress, draw * steps, self.num_draws * steps)
+            found = run(random_like(jax.random.fold_in(key, draw), like), steps, progress=report)
+            values, vectors, residuals = ritz(found.alphas, found.betas)
+            draws.append((values, vectors[0] ** 2 / self.num_draws, residuals))
+            if draw == 0:
+                first = ritz_run(found) if self.reorthogonalize else _blind_run(like, key, values)
+        nodes, weights, residuals = (np.concatenate(parts) for parts in zip(*draws, strict=True))
+        return Spectrum(nodes, weights, dim, self.num_steps, residuals, self.num_draws), first
+
+
+def _blind_run(like, key, values):
+    """Without a basis there are no Ritz vectors: a random vector, beside the extreme Ritz values."""
+    vector = random_like(jax.random.fold_in(key, _CHECK), like)
+    size = tree_norm(vector)
+    return Run(values[[0, -1]], jax.tree.map(lambda x: x[None] / size.astype(x.dtype), vector), None)
+
+
+def _with_noise(operator, part_of, found, like, key):
+    """{name: Spectrum}, in whose residuals is what the products are worth."""
+    key, runs = jax.random.fold_in(key, _CHECK), {name: run for name, (_, run) in found.items()}
+    added = noise(operator, part_of, runs, like, key)
+    return {
+        name: dataclasses.replace(spec, residuals=spec.residuals + added[name]) for name, (spec, _) in found.items()
+    }
+
+
+def _shifted(progress, before, total):
+    """Progress of a part of the whole."""
+    return None if progress is None else lambda done, _: progress(before + done, total)
+
+
+def layer_spectra(
+    objective: Callable,
+    params: PyTree,
+    batch: PyTree,
+    *,
+    key: jax.Array,
+    num_steps: int = 128,
+    num_draws: int = 1,
+    curvature: str = "hessian",
+    method: str = "lanczos",
+    layers: str | Sequence[str] | None = None,
+    reorthogonalize: bool | str = True,
+    max_bytes: int = 2**30,
+    progress: Callable[[int, int], None] | None = None,
+    has_aux: bool = False,
+) -> dict[str, Spectrum]:
+    """The spectrum of every layer's block, and of the whole net.
+
+    One compiled product of the whole net serves every layer (zeros in, the layer's part out): a product for each
+    layer would be a compilation for each layer, which costs more than it saves.
+
+    Args:
+      objective: a loss, or an `Objective` (which "ggn" and "functional" need).
+      params, batch, has_aux: as for `hessian`.
+      key: a JAX random key.
+      num_steps, num_draws, reorthogonalize: as for `spectrum`.
+      curvature: "hessian", "ggn" or "functional".
+      method: "lanczos"; for the GGN "gram": exact, from the Gram matrix (see `ggn_eigenvalues`); or "auto": the Gram
+        matrix wherever it gives the spectrum and has at most 2,000 rows (examples times outputs), else Lanczos. Of the
+        Hessian it gives that of every layer in which H_l is zero, as in piecewise linear nets, so that Hess_l = G_l:
+        the product of H_l with a random vector, which must be zero in all digits, tells. The residuals of its nodes
+        are its rounding, and ``num_draws`` plays no part in them.
+      layers: "all", "middle" (`middle_layers`), or names; all by default. A layer has the same spectrum either way.
+      max_bytes: for "gram" and "auto", as for `ggn_eigenvalues`.
+      progress: ``progress(done, total)`` in Lanczos steps over all layers; before them, with a total of its own, as of
+        `ggn_eigenvalues` where there is a Gram matrix.
+
+    Returns:
+      {layer: Spectrum} in network order, and "total" for the whole net.
+
+    Raises:
+      TypeError, ValueError: as `hessian` and `spectrum`; ValueError for "gram" with another curvature, or a name that
+        is not in `layer_names`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxhess as jh
+      >>> objective = jh.Objective(lambda p, batch: batch["x"] @ p["fc"]["w"], jh.squared_error)
+      >>> batch = {"x": jnp.eye(2), "label": jnp.ones((2, 1))}
+      >>> params = {"fc": {"w": jnp.zeros((2, 1))}}
+      >>> spectra = jh.layer_spectra(objective, params, batch, key=jax.random.key(0))
+      >>> {name: round(spec.lambda_max, 4) for name, spec in spectra.items()}
+      {'fc': 1.0, 'total': 1.0}
+
+    Reference: Figures 1, 9 and 10 of the paper.
+    """
+    check_key(key)
+    problem = pose(curvature, objective, params, batch, has_aux)
+    runs = Runs(num_steps, num_draws, reorthogonalize)
+    return spectra_of(problem, curvature, key, runs, method, layers, max_bytes, progress)[0]
+
+
+def spectra_of(
+    problem: Problem,
+    curvature: str,
+    key: jax.Array,
+    runs: Runs,
+    method: str,
+    layers: str | Sequence[str] | None,
+    max_bytes: int,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[dict[str, Spectrum], set[str]]:
+    """As `layer_spectra`, of a `Problem`; and the names of those that are spectra of the Gram matrix."""
+    check_choice("method", method, ("auto", "gram", "lanczos"))
+    if method == "gram" and curvature != "ggn":
+        raise ValueError(
+            f"the Gram matrix gives the spectrum of the GGN only, not of {curvature!r}; use 'lanczos', or 'auto' for "
+            f"layers in which both agree"
+        )
+    chosen = {*problem.choose(layers), "total"}
+    every = enumerate((*problem.layers, problem.whole))
+    parts = {layer.name: (i, layer) for i, layer in every if layer.name in chosen}
+    exact = set(parts) if method == "gram" else set()
+    if method == "auto" and 0 < gram_rows(problem) <= _GRAM_ROWS:
+        exact = _equal_to_ggn(problem, curvature, parts, key)
+    spectra: dict[str, Spectrum] = {}
+    if exact:
+        try:
+            spectra = _gram_spectra(problem, exact, runs.num_steps, max_bytes, progress)
+        except NoGramError:
+            if method == "gram":
+                raise
+    if left := {name: part for name, part in parts.items() if name not in spectra}:
+        spectra |= _lanczos_spectra(problem, curvature, left, key, runs, progress)
+    return {name: spectra[name] for name in parts}, exact & set(spectra)
+
+
+def _gram_spectra(problem, names, num_steps, max_bytes, progress):
+    # For "total" the sum over all layers is needed.
+    summed = [layer for layer in problem.layers if "total" in names or layer.name in names]
+    spectra = {}
+    for name, (values, rounding) in gram_eigenvalues(problem, summed, names, max_bytes, progress).items():
+        layer = next(layer for layer in (*summed, problem.whole) if layer.name == name)
+        spec = Spectrum.from_eigenvalues(values, optax.tree.size(layer.arrays(problem.params)))
+        error = np.full(len(spec.nodes), rounding * spec.lambda_max)
+        spectra[name] = dataclasses.replace(spec, num_steps=num_steps, residuals=error)
+    return spectra
+
+
+def _lanczos_spectra(problem, curvature, parts, key, runs, progress):
+    operator = product(curvature, problem)
+    if not problem.many:
+        operator = linearize(operator, like=problem.params)
+
+    def part_of(operator, name):
+        layer = parts[name][1]
+        return operator if layer is problem.whole else block(operator, layer, problem.params)
+
+    likes = {name: layer.take(problem.params) for name, (_, layer) in parts.items()}
+    steps = {name: runs.count(optax.tree.size(like)) for name, like in likes.items()}
+    found, before = {}, 0
+    for name, (i, _) in parts.items():
+        report = _shifted(progress, before, sum(steps.values()))
+        try:
+            found[name] = runs.quadrature(part_of(operator, name), likes[name], jax.random.fold_in(key, i), report)
+        except NotFiniteError:
+            why = why_not_finite(curvature, problem.loss, problem.params, problem.batch)
+            raise NotFiniteError(f"products of the curvature of {name!r} are not finite: {why}") from None
+        before += steps[name]
+    return _with_noise(operator, part_of, found, problem.params, key)
+
+
+def _equal_to_ggn(problem, curvature, parts, key):
+    """The names of those parts whose curvature is that of the GGN."""
+    if curvature != "hessian":
+        return set(parts) if curvature == "ggn" else set()
+    functional = linearize(product("functional", problem), like=problem.params)
+    key, found = jax.random.fold_in(key, _CHECK), set()
+    for name, (i, layer) in parts.items():
+        if layer is not problem.whole:
+            v = random_like(jax.random.fold_in(key, i), layer.take(problem.params))
+            if float(tree_norm(block(functional, layer, problem.params)(v))) == 0:
+                found.add(name)
+    return found
