@@ -1,64 +1,46 @@
 """Curvature of neural networks in JAX, layer by layer."""
 
-from importlib.metadata import version as _version
+import importlib.metadata as _metadata
 
 from jaxhess import _versions
-from jaxhess._lanczos import Tridiagonal, lanczos
-from jaxhess.batches import Batches
-from jaxhess.classes import ClassStructure, class_structure, layer_class_structures
-from jaxhess.criteria import CrossEntropy, SquaredError, cross_entropy, squared_error
-from jaxhess.eigenpairs import top_eigenpairs
-from jaxhess.gram import ggn_eigenvalues
-from jaxhess.layers import layer_names, middle_layers, subtree
-from jaxhess.objective import Criterion, Objective
-from jaxhess.operators import aslinearoperator, functional_hessian, ggn, hessian, linearize
-from jaxhess.quadrature import layer_spectra, spectrum
-from jaxhess.regularizer import hessian_trace_penalty
-from jaxhess.spectra import Spectrum, count_outliers, jensen_shannon, kl_divergence, wasserstein
-from jaxhess.summary import Record, Summary, summarize
-from jaxhess.traces import Estimate, layer_traces, trace
-from jaxhess.transform import HessianTraceState, add_hessian_trace
+from jaxhess._lanczos import Tridiagonal as Tridiagonal
+from jaxhess._lanczos import lanczos as lanczos
+from jaxhess.batches import Batches as Batches
+from jaxhess.classes import ClassStructure as ClassStructure
+from jaxhess.classes import class_structure as class_structure
+from jaxhess.classes import layer_class_structures as layer_class_structures
+from jaxhess.criteria import CrossEntropy as CrossEntropy
+from jaxhess.criteria import SquaredError as SquaredError
+from jaxhess.criteria import cross_entropy as cross_entropy
+from jaxhess.criteria import squared_error as squared_error
+from jaxhess.eigenpairs import top_eigenpairs as top_eigenpairs
+from jaxhess.gram import ggn_eigenvalues as ggn_eigenvalues
+from jaxhess.layers import layer_names as layer_names
+from jaxhess.layers import middle_layers as middle_layers
+from jaxhess.layers import subtree as subtree
+from jaxhess.objective import Criterion as Criterion
+from jaxhess.objective import Objective as Objective
+from jaxhess.operators import aslinearoperator as aslinearoperator
+from jaxhess.operators import functional_hessian as functional_hessian
+from jaxhess.operators import ggn as ggn
+from jaxhess.operators import hessian as hessian
+from jaxhess.operators import linearize as linearize
+from jaxhess.quadrature import layer_spectra as layer_spectra
+from jaxhess.quadrature import spectrum as spectrum
+from jaxhess.regularizer import hessian_trace_penalty as hessian_trace_penalty
+from jaxhess.spectra import Spectrum as Spectrum
+from jaxhess.spectra import count_outliers as count_outliers
+from jaxhess.spectra import jensen_shannon as jensen_shannon
+from jaxhess.spectra import kl_divergence as kl_divergence
+from jaxhess.spectra import wasserstein as wasserstein
+from jaxhess.summary import Record as Record
+from jaxhess.summary import Summary as Summary
+from jaxhess.summary import summarize as summarize
+from jaxhess.traces import Estimate as Estimate
+from jaxhess.traces import layer_traces as layer_traces
+from jaxhess.traces import trace as trace
+from jaxhess.transform import HessianTraceState as HessianTraceState
+from jaxhess.transform import add_hessian_trace as add_hessian_trace
 
-__version__ = _version("jaxhess")
-__all__ = [
-    "Batches",
-    "ClassStructure",
-    "Criterion",
-    "CrossEntropy",
-    "Estimate",
-    "HessianTraceState",
-    "Objective",
-    "Record",
-    "Spectrum",
-    "SquaredError",
-    "Summary",
-    "Tridiagonal",
-    "add_hessian_trace",
-    "aslinearoperator",
-    "class_structure",
-    "count_outliers",
-    "cross_entropy",
-    "functional_hessian",
-    "ggn",
-    "ggn_eigenvalues",
-    "hessian",
-    "hessian_trace_penalty",
-    "jensen_shannon",
-    "kl_divergence",
-    "lanczos",
-    "layer_class_structures",
-    "layer_names",
-    "layer_spectra",
-    "layer_traces",
-    "linearize",
-    "middle_layers",
-    "spectrum",
-    "squared_error",
-    "subtree",
-    "summarize",
-    "top_eigenpairs",
-    "trace",
-    "wasserstein",
-]
-
+__version__ = _metadata.version("jaxhess")
 _versions.turn_off_stale_matrices()

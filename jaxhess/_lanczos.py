@@ -109,10 +109,10 @@ def lanczos(
     if restart_key is not None:
         check_key(restart_key, "restart_key")
     num_steps = min(num_steps, optax.tree.size(start))
-    operator = as_linear(operator)
+    linear = as_linear(operator)
     norm = tree_norm(start)
-    traced = is_traced(operator, norm, restart_key)
-    if traced and (operator.func.on_host or reorthogonalize == "host"):
+    traced = is_traced(linear, norm, restart_key)
+    if traced and (linear.func.on_host or reorthogonalize == "host"):
         what = "a basis on the host" if reorthogonalize == "host" else "an operator over Batches"
         raise TypeError(f"{what} needs a loop on the host and cannot run under jit; call it outside")
     if not traced and not (np.isfinite(norm) and norm > 0):
@@ -120,7 +120,7 @@ def lanczos(
     state = _begin(start, num_steps)
     basis = _empty_basis(state.vector, num_steps, reorthogonalize)
     run = _run_compiled if traced else partial(_run_on_host, progress=progress)
-    return run(operator, state, basis, restart_key, num_steps)
+    return run(linear, state, basis, restart_key, num_steps)
 
 
 def _run_compiled(operator, state, basis, restart_key, num_steps):

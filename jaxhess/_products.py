@@ -54,7 +54,8 @@ class At:
 
 def match(v: PyTree, point: PyTree) -> PyTree:
     """v with the dtypes of the point; ValueError where its structure or shapes differ."""
-    if jax.tree_util.tree_structure(v) != jax.tree_util.tree_structure(point):
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (v, point)]
+    if structures[0] != structures[1]:
         mine, theirs = (
             [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(t)] for t in (v, point)
         )

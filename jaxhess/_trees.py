@@ -116,6 +116,7 @@ def _draw_spread(key, like, distribution, shardings):
     return jax.tree.unflatten(treedef, placed)
 
 
+@standard_promotion
 def _draw(key, like, distribution):
     """One draw, cut into leaves: a draw for each leaf takes XLA many times as long to compile."""
     flat, unravel = ravel_pytree(jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), at_least_float32(x)), like))

@@ -64,7 +64,7 @@ def top_eigenpairs(
     check_key(key)
     check_count("k", k)
     check_like("like", like)
-    operator, dim = as_linear(operator), optax.tree.size(like)
+    linear, dim = as_linear(operator), optax.tree.size(like)
     if k > dim:
         raise ValueError(f"k = {k} eigenpairs were asked of an operator of dimension {dim}; ask for at most {dim}")
     steps = min(max(100, 5 * k) if num_steps is None else num_steps, dim)
@@ -77,8 +77,8 @@ def top_eigenpairs(
     top = np.argsort(values)[::-1][:k]
     vectors = combine(found.basis, coefficients[:, top])
     ends = ritz_run(found, vectors_of=[top[0], top[-1]])
-    added = noise(operator, lambda product, _: product, {"": ends}, like, jax.random.fold_in(restart_key, 1))[""]
-    residuals = np.asarray(_residuals(operator.func.stacked(*operator.args, vectors), vectors, values[top]))
+    added = noise(linear, lambda product, _: product, {"": ends}, like, jax.random.fold_in(restart_key, 1))[""]
+    residuals = np.asarray(_residuals(linear.func.stacked(*linear.args, vectors), vectors, values[top]))
     return values[top], vectors, residuals + added
 
 

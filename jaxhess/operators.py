@@ -302,12 +302,12 @@ def linearize(operator: Operator, *, like: PyTree) -> Operator:
 
     Reference: ``jax.linearize``.
     """
-    operator = as_linear(operator)
-    if operator.func.on_host:
+    linear = as_linear(operator)
+    if linear.func.on_host:
         return operator
     # In the precision of the products, which is that of the vectors that samplers draw.
     like = jax.tree.map(lambda x: jnp.asarray(x, at_least_float32(x)), like)
-    return Partial(_Linearized(), _linearize(operator, like), like, operator)
+    return Partial(_Linearized(), _linearize(linear, like), like, linear)
 
 
 @dataclasses.dataclass(frozen=True)

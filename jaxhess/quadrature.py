@@ -230,9 +230,10 @@ def spectra_of(
         except NoGramError:
             if method == "gram":
                 raise
+            exact = set()
     if left := {name: part for name, part in parts.items() if name not in spectra}:
         spectra |= _lanczos_spectra(problem, curvature, left, key, runs, progress)
-    return {name: spectra[name] for name in parts}, exact & set(spectra)
+    return {name: spectra[name] for name in parts}, exact
 
 
 def _gram_spectra(problem, names, num_steps, max_bytes, progress):

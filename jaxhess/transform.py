@@ -127,12 +127,7 @@ def add_hessian_trace(
 
     def update_fn(updates, state, params=None, *others, batch=_MISSING, **extra_args):
         del extra_args
-        _check_update(others, params, batch)
-        if jnp.shape(state.key) != jnp.shape(key):
-            raise ValueError(
-                f"the state holds a key of shape {jnp.shape(state.key)}, and key= of add_hessian_trace has one of "
-                f"{jnp.shape(key)}, of another implementation; go on with one of that with which the state was made"
-            )
+        _check_update(others, params, batch, state.key, key)
 
         def penalize():
             step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=impl), state.count)
@@ -192,8 +187,8 @@ def _add(updates, state, gamma, penalty, gradient):
     return added, penalty.astype(state.penalty.dtype), state.skipped + (~valid).astype(state.skipped.dtype)
 
 
-def _check_update(others, params, batch):
-    """What is missing in a call of update."""
+def _check_update(others, params, batch, state_key, key):
+    """What is missing in a call of update, or does not go together."""
     if others:
         raise TypeError("the batch is given by name: tx.update(grads, state, params, batch=batch)")
     if params is None:
@@ -202,6 +197,11 @@ def _check_update(others, params, batch):
         raise ValueError(
             "add_hessian_trace needs the batch of the step: tx.update(grads, state, params, batch=batch); "
             "TrainState.apply_gradients does not pass it on, so call tx.update and optax.apply_updates instead"
+        )
+    if jnp.shape(state_key) != jnp.shape(key):
+        raise ValueError(
+            f"the state holds a key of shape {jnp.shape(state_key)}, and key= of add_hessian_trace has shape "
+            f"{jnp.shape(key)}, of another implementation; use the implementation with which the state was made"
         )
     nodes = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
     if any(isinstance(node, optax.MaskedNode) for node in nodes):

@@ -191,6 +191,7 @@ def everything(objective, params, batch):
         "functional_hessian": lambda: jh.functional_hessian(*at)(ones),
         "hessian, Batches": lambda: jh.hessian(*at[:2], jh.Batches([batch, batch]))(ones),
         "linearize": lambda: jh.linearize(hv, like=params)(ones),
+        "aslinearoperator": lambda: jh.aslinearoperator(hv, like=params) @ np.ones(helpers.ravel(params).size),
         "trace": lambda: jh.trace(hv, like=params, **few),
         "layer_traces": lambda: jh.layer_traces(*at, **few),
         "layer_traces, ggn": lambda: jh.layer_traces(*at, **few, curvature="ggn", probe="gaussian"),

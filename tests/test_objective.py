@@ -205,7 +205,7 @@ def scaled(criterion):
 @pytest.mark.parametrize(("criterion", "message"), [(cosine, "not convex"), (squared_mean, "couples")])
 def test_a_factor_is_refused_in_any_units(criterion, message):
     with pytest.raises(ValueError, match=message):
-        check_factor(scaled(criterion), helpers.normal(1, 5, 3), None)
+        factored(scaled(criterion), helpers.normal(1, 5, 3), None)
 
 
 def test_a_factor_is_taken_in_any_units_and_where_the_curvature_vanishes():

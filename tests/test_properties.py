@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import jaxhess as jh
-from jaxhess.layers import find_layers
 from jaxhess._trees import random_like
+from jaxhess.layers import find_layers
 
 few = settings(max_examples=20, deadline=None, derandomize=True, database=None)
 many = settings(max_examples=100, deadline=None, derandomize=True, database=None)

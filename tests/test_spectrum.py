@@ -2,7 +2,6 @@
 
 import functools
 import re
-import sys
 
 import helpers
 import jax
@@ -12,6 +11,7 @@ import pytest
 from helpers import KINDS, as_operator, problem
 
 import jaxhess as jh
+import jaxhess.quadrature
 
 NORMAL = np.random.default_rng(0).standard_normal(100)
 

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 import jaxhess as jh
 from jaxhess import _order, _versions
+from jaxhess.layers import find_layers
 
 X = helpers.normal(0, 4, 3)
 
@@ -223,13 +224,13 @@ CASES = SCANS | OTHERS
 def test_network_order(case):
     params, loss, names = CASES[case]
     assert jh.layer_names(params, loss, X) == names
-    found = [layer.arrays(params) for layer in layers.find_layers(params, names)]
+    found = [layer.arrays(params) for layer in find_layers(params, names)]
     assert sum(np.size(x) for arrays in found for x in arrays) == len(helpers.ravel(params))
 
 
 def change_parameters(monkeypatch, change):
     """Every operation that holds programs shows its parameters as ``change`` has them."""
-    inner = layers._inner
+    inner = _order._inner
 
     def changed(eqn, ins, uses):
         shown = types.SimpleNamespace(primitive=eqn.primitive, invars=eqn.invars, outvars=eqn.outvars)
