@@ -85,12 +85,12 @@ class Config:
       preset: "released", the settings of the released scripts; or "paper": batch 64, learning rate 1e-2, no
         augmentation, Gaussian probes, and the released settings where the text is silent (epochs, milestones, gamma,
         n, first epoch).
-      trials: trainings of each arm, with seeds 0, 1, ...: the same in every arm.
-      epochs: length of a training, milestones and first epoch of the penalty in proportion; 0 for the preset's.
-      curvature: of the penalty, "hessian" as in the paper, or "ggn".
-      every: f_r, steps from one penalty to the next.
-      weight_decay: of the arms with L2.
-      images_per_class: training images of each class that the curvature is measured on.
+      trials: trainings of each arm, with the seeds 0, 1, ..., the same in every arm.
+      epochs: length of a training; milestones and first epoch of the penalty change in proportion. 0 for the preset's.
+      curvature: curvature that is penalised, "hessian" as in the paper, or "ggn".
+      every: steps from one penalty to the next (f_r in the paper).
+      weight_decay: coefficient of L2 in the arms that have it.
+      images_per_class: training images of each class at which the curvature is measured.
       num_probes: probes of the trace.
       num_steps: Lanczos steps of the spectrum.
     """

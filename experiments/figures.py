@@ -23,15 +23,28 @@ PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(TrainConfig):
+class Subject:
+    """What is trained, and on what; the first keys that the help shows.
+
+    Attributes:
+      model: name of the net.
+      dataset: name of the data set.
+    """
+
+    model: models.Name = "lenet"
+    dataset: data.Name = "mnist"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(TrainConfig, Subject):
     """How to train, on what, and how the curvature is measured.
 
     Attributes:
       epochs: passes over the training images.
-      label: feature with the labels.
-      width: factor of all channel numbers, of nets that have such an option.
-      examples: training images, as many of each class; 0 for all.
-      images_per_class: training images of each class that the curvature is measured on.
+      label: feature of the data set that holds the labels, such as coarse_label.
+      width: factor on all numbers of channels, for nets that have this option.
+      examples: number of training images, the same for each class; 0 for all of them.
+      images_per_class: training images of each class at which the curvature is measured.
       norm_layers: whether normalisation layers are shown too. The paper shows convolutions and dense layers.
       method: how the Hessian's spectra are found: "lanczos", or "auto": exactly, through the Gram matrix, for layers
         in which the Hessian is the Gauss-Newton matrix, and by Lanczos for others and for the whole net.
@@ -144,10 +157,10 @@ class OverTraining(Config):
     Attributes:
       model: names of nets.
       dataset: names of data sets.
-      trials: trainings of each, with seeds ``seed``, ``seed`` + 1, ...
+      trials: trainings of each net, with the seeds seed, seed + 1, ...
       interval: epochs from one measurement to the next.
-      num_steps: Lanczos steps for lambda_max.
-      num_probes: probes of the traces.
+      num_steps: Lanczos steps for the largest eigenvalue.
+      num_probes: probes of each trace.
     """
 
     model: tuple[models.Name, ...] = ("vgg11", "vgg11_bn")

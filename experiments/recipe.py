@@ -74,17 +74,17 @@ class TrainConfig:
 
     Attributes:
       epochs: passes over the training images.
-      batch_size: images in a step; what is left over in an epoch is left out of it.
-      learning_rate: of the first steps.
-      momentum: of SGD.
-      milestones: when the learning rate falls, as shares of all epochs (0.5) or as epochs (10).
-      decay: factor by which it falls.
+      batch_size: images in a step; the images that do not fill a last one are left out of the epoch.
+      learning_rate: learning rate of the first steps.
+      momentum: momentum of SGD.
+      milestones: where the learning rate falls, as shares of all epochs (0.5) or as epochs (10).
+      decay: factor by which the learning rate falls there.
       weight_decay: coefficient of L2 regularisation, coupled as in SGD.
       sam: radius rho of sharpness-aware minimisation (Foret et al. 2021), 0 for none: the gradient is taken at the
         worst parameters within rho, to first order, for twice the time of a step.
       augment: whether images are flipped, and rotated by up to 15 degrees, both at random.
-      seed: of initialisation, order, augmentation and probes; each has random numbers of its own, so that trainings
-        with one seed and different penalties start from the same parameters and see the same images.
+      seed: seed of initialisation, order, augmentation and probes. Each has its own random numbers, so that trainings
+        with the same seed and different penalties start from the same parameters and see the same images.
       penalty: the Hessian trace penalty, if any.
     """
 

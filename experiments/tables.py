@@ -175,7 +175,7 @@ def run_sweep(
     Args:
       config: as for `run_table`.
       settings: {name: fields of `experiments.recipe.Penalty` to change, or None for no penalty}.
-      out_dir: folder of the store.
+      out_dir: folder of the results.
       data_dir: folder of the data sets.
       traces: whether to measure the layers' traces after each epoch.
     """

@@ -278,7 +278,7 @@ def _axis(ax):
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
-        raise ValueError("drawing needs Matplotlib; pip install matplotlib") from error
+        raise ValueError("drawing needs Matplotlib: `pip install matplotlib`") from error
     return plt.gca()
 
 

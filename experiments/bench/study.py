@@ -7,7 +7,7 @@ About 3 minutes for LeNet on two CPU cores with the peers. All rows are timed in
 rounds, so that what slows the machine slows them all; the medians over rounds are printed, of ratios those within a
 round. With the package ``matfree`` installed its Lanczos runs beside ours, on the same compiled product. With
 ``peers=true`` PyHessian, curvlinops and plain PyTorch do the same work in the same rounds, in an environment of their
-own that is made beside the folders of the store.
+own that is made beside the folder of the results.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ class Config:
       model: name of the net.
       batch_size: images in the batch; random, since the time does not depend on them.
       repeats: rounds of timing, of which the medians are shown.
-      patience: seconds; rows that take longer are timed once, in the first round, while their memory is measured.
-      num_probes: probes at once, for the traces.
+      patience: seconds; a row that takes longer is timed once, while its memory is measured.
+      num_probes: probes of the traces, all at once.
       num_steps: Lanczos steps.
-      penalty_probes: n of the penalty in the training steps.
-      lanczos: also Lanczos and the spectra through the Gram matrix, which for large nets take most of the time.
-      one_program: also Lanczos inside one program, ours and matfree's where it is installed; on CPUs convolutions
-        are slow there.
-      peers: also the work of the peers in PyTorch.
+      penalty_probes: probes of the penalty in the training steps.
+      lanczos: time Lanczos and the spectra by the Gram matrix too, which take most of the time for large nets.
+      one_program: time Lanczos inside one program too, ours, and that of matfree where it is installed; convolutions
+        are slow there on CPUs.
+      peers: time the same work in PyTorch too, by PyHessian, curvlinops and plain double backward.
       peers_python: interpreter of an environment with the packages of experiments/bench/peers.txt; by default one is
         made beside the results.
     """

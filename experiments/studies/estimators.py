@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 import jaxhess as jh
-from experiments import data, figures, measure, models, plot, report, store
+from experiments import figures, measure, models, plot, report, store
 
 PROBES = ("rademacher", "gaussian")
 LAYERWISE, JOINT, GGN = "Hess, a layer at a time", "Hess, all layers at once", "G, all layers at once"
@@ -27,18 +27,14 @@ class Config(figures.Config):
     """What to train and what to compare.
 
     Attributes:
-      model: name of the net.
-      dataset: name of the data set.
-      probes: probes from which the deviation of a single one is taken.
-      images: numbers of images.
+      probes: number of probes, from which the standard deviation of one is estimated.
+      images: numbers of images that G is measured at.
       subsets: sets of each number of images, drawn from the training images.
-      steps: numbers of Lanczos steps, of one start vector.
+      steps: numbers of Lanczos steps, with one start vector.
       draws: numbers of start vectors, with the largest number of steps.
-      repeats: spectra for each number of steps and of draws.
+      repeats: number of spectra for each number of steps and of draws.
     """
 
-    model: models.Name = "lenet"
-    dataset: data.Name = "mnist"
     probes: int = 128
     images: tuple[int, ...] = (10, 30, 100, 300)
     subsets: int = 8

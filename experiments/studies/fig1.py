@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 import jaxhess as jh
-from experiments import data, figures, measure, models, plot, store
+from experiments import figures, measure, models, plot, store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,16 +29,12 @@ class Config(figures.Config):
     """What to train and what to measure.
 
     Attributes:
-      model: name of the net.
-      dataset: name of the data set.
       num_steps: Lanczos steps of each spectrum.
       num_probes: probes of each trace.
       chunk_size: probes at a time; for large nets fewer, whose activations fit in memory.
       curvatures: spectra to draw, of "hessian", "ggn" and "functional".
     """
 
-    model: models.Name = "lenet"
-    dataset: data.Name = "mnist"
     num_steps: int = 128
     num_probes: int = 64
     chunk_size: int = 8

@@ -20,7 +20,7 @@ class Config(arms.Config):
     """Which net on which data set, how often, and what is compared.
 
     Attributes:
-      gammas: the coefficients to compare, beside no penalty.
+      gammas: coefficients of the penalty that are compared with no penalty.
     """
 
     dataset: data.Name = "fashion_mnist"

@@ -18,7 +18,7 @@ from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
 
 import jaxhess as jh
-from experiments import data, figures, measure, models, plot, store
+from experiments import figures, measure, models, plot, store
 
 PARTS = ("class", "cross_class", "within_class", "same_class")
 
@@ -28,15 +28,11 @@ class Config(figures.Config):
     """What to train, and how it is drawn.
 
     Attributes:
-      model: name of the net.
-      dataset: name of the data set.
-      weighting: of the examples, "p" or "legacy_sqrt_p", see `jaxhess.class_structure`.
-      perplexity: of t-SNE.
+      weighting: weights of the examples, "p" or "legacy_sqrt_p", as for jaxhess.class_structure.
+      perplexity: perplexity of t-SNE.
       shuffles: random orders of the classes that the silhouette is compared with.
     """
 
-    model: models.Name = "lenet"
-    dataset: data.Name = "mnist"
     weighting: Literal["p", "legacy_sqrt_p"] = "p"
     perplexity: float = 15.0
     shuffles: int = 100

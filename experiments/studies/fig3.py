@@ -27,8 +27,8 @@ class Config(figures.Config):
     Attributes:
       model: names of nets.
       dataset: names of data sets; every net is trained on each.
-      trials: trainings of each, with seeds ``seed``, ``seed`` + 1, ...
-      draws: start vectors of each spectrum; every one gives a spectrum and distances of its own.
+      trials: trainings of each net, with the seeds seed, seed + 1, ...
+      draws: start vectors; each gives a spectrum and distances of its own.
       num_steps: Lanczos steps of each spectrum.
     """
 

@@ -20,7 +20,7 @@ class Config(arms.Config):
     """Which net on which data set, how often, and what is compared.
 
     Attributes:
-      intervals: the f_r to compare, beside no penalty; ``every`` plays no part.
+      intervals: steps from one penalty to the next (f_r), compared with no penalty; they replace every.
     """
 
     dataset: data.Name = "fashion_mnist"

@@ -26,11 +26,11 @@ class Config(arms.Config):
     """Which net on which data set, how often, and which strengths are compared.
 
     Attributes:
-      penalty_probes: probes of the penalty; ``num_probes`` are those of the measured trace.
-      held_out: training images that are held out.
-      gammas: coefficients of the penalty.
-      weight_decays: coefficients of L2 regularisation.
-      radii: rho of sharpness-aware minimisation.
+      penalty_probes: probes of the penalty; num_probes are those of the trace that is measured.
+      held_out: number of training images that are held out, to choose the strengths on.
+      gammas: coefficients of the penalty that are tried.
+      weight_decays: coefficients of L2 regularisation that are tried.
+      radii: radii rho of sharpness-aware minimisation that are tried.
     """
 
     dataset: data.Name = "fashion_mnist"

@@ -26,8 +26,8 @@ class Config(figures.Config):
 
     Attributes:
       model: name of the net.
-      dataset: names of data sets, each with the feature that has the labels behind a colon if that is not ``label``.
-      trials: trainings of each, with seeds ``seed``, ``seed`` + 1, ...
+      dataset: names of data sets; a colon and the feature with the labels may follow, as in cifar100:coarse_label.
+      trials: trainings of each net, with the seeds seed, seed + 1, ...
       steps_per_class: Lanczos steps for each class, where the Gram matrix is too large; at least 128 steps.
     """
 

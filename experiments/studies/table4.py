@@ -38,10 +38,10 @@ class Config:
       model: name of the net.
       dataset: name of the data set.
       preset: "released", the settings of the released scripts, or "paper", those of the paper's text.
-      intervals: the f_r.
-      curvatures: of the penalty.
-      num_probes: n; 0 for the preset's.
-      steps: steps of a round; the largest f_r if 0, so that the penalties of a round are those of as many steps.
+      intervals: steps from one penalty to the next (f_r).
+      curvatures: curvatures that are penalised, of "hessian" and "ggn".
+      num_probes: probes of each penalty (n); 0 for the preset's.
+      steps: steps of a round; 0 for the largest interval, so that each interval has its share of penalties.
       repeats: rounds of timing, of which the medians are shown.
     """
 

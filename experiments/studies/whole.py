@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 import jaxhess as jh
-from experiments import data, figures, measure, models, plot, report, store
+from experiments import figures, measure, models, plot, report, store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,15 +25,11 @@ class Config(figures.Config):
     """What to train and what to measure; ``method`` and ``norm_layers`` play no part.
 
     Attributes:
-      model: name of the net.
-      dataset: name of the data set.
       num_steps: Lanczos steps of the Hessian of the net.
       num_probes: probes of the traces of all G_l.
       images_at_once: training images in a batch.
     """
 
-    model: models.Name = "lenet"
-    dataset: data.Name = "mnist"
     num_steps: int = 128
     num_probes: int = 16
     images_at_once: int = 500
