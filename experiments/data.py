@@ -1,4 +1,4 @@
-"""Image classification data as arrays: scikit-learn's digits, and whatever TensorFlow Datasets has prepared."""
+"""Image classification data: scikit-learn's digits, and what TensorFlow Datasets has prepared; on host and device."""
 
 from __future__ import annotations
 
@@ -6,15 +6,24 @@ import dataclasses
 import os
 import pathlib
 import re
-from typing import TypeVar
+from typing import Annotated, NamedTuple, TypeVar
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import tyro
+from jax.scipy.ndimage import map_coordinates
 from tqdm import tqdm
 
 from experiments import names
 
 Array = TypeVar("Array")
 Split = dict[str, np.ndarray]
+
+# How a data set is typed. Any set of TensorFlow Datasets will do, so the help shows those of the paper.
+_SHOWN = tyro.conf.arg(metavar="{digits,mnist,fashion_mnist,cifar10,cifar100,svhn_cropped,...}")
+Name = Annotated[str, _SHOWN]
+Names = Annotated[tuple[str, ...], _SHOWN]
 
 _SLICE = 4096  # images at a time: bounds the memory of decoding, and moves the progress bar
 
@@ -141,6 +150,56 @@ def hold_out(dataset: Dataset, count: int, seed: int = 0) -> Dataset:
         raise ValueError(f"cannot hold out {count} of {len(labels)} images of {dataset.name}: {error}") from error
     train, test = ({key: value[index] for key, value in dataset.train.items()} for index in (rest, held))
     return dataclasses.replace(dataset, name=f"{dataset.name}/held-out-{count}", train=train, test=test)
+
+
+class OnDevice(NamedTuple):
+    """A split on the device, and what normalises its images."""
+
+    split: dict[str, jax.Array]
+    mean: jax.Array
+    std: jax.Array
+
+    def take(self, index: jax.Array) -> dict[str, jax.Array]:
+        """The examples of these indices as a batch, images normalised; inside ``jit`` too."""
+        batch = jax.tree.map(lambda x: x[index], self.split)
+        return batch | {"image": normalise(batch["image"], self.mean, self.std)}
+
+
+def on_device(dataset: Dataset, split: Split) -> OnDevice:
+    """A split of a data set, moved to the device."""
+    return jax.device_put(OnDevice(split, dataset.mean, dataset.std))
+
+
+@jax.jit
+def augment(key: jax.Array, images: jax.Array) -> jax.Array:
+    """Every image flipped left to right or not, and rotated by up to 15 degrees, both at random.
+
+    Between pixels it is interpolated linearly; what comes in from outside continues the border.
+
+    Args:
+      key: a JAX random key.
+      images: (N, H, W, C).
+
+    Returns:
+      Images of the same shape and type, within the range of each.
+    """
+    number, height, width, _ = images.shape
+    flip_key, angle_key = jax.random.split(key)
+    sides = jax.random.rademacher(flip_key, (number,), jnp.float32)
+    angles = jax.random.uniform(angle_key, (number,), minval=-jnp.pi / 12, maxval=jnp.pi / 12)
+    middle = ((height - 1) / 2, (width - 1) / 2)
+    y, x = jnp.meshgrid(jnp.arange(height) - middle[0], jnp.arange(width) - middle[1], indexing="ij")
+
+    def turn(image, side, angle):
+        rows = jnp.cos(angle) * y - jnp.sin(angle) * x + middle[0]
+        columns = side * (jnp.sin(angle) * y + jnp.cos(angle) * x) + middle[1]
+
+        def channel(values):
+            return map_coordinates(values, (rows, columns), order=1, mode="nearest")
+
+        return jax.vmap(channel, in_axes=-1, out_axes=-1)(image)
+
+    return jax.vmap(turn)(images, sides, angles)
 
 
 def _digits():

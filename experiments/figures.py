@@ -6,30 +6,45 @@ import dataclasses
 import pathlib
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import numpy as np
 
 import jaxhess as jh
-from experiments import data, measure, models, plot, results
+from experiments import data, measure, models, plot, store
 from experiments.data import Dataset
-from experiments.train import TrainConfig, Trained, objective, train_once
+from experiments.models import objective
+from experiments.recipe import TrainConfig
+from experiments.train import Trained, train_once
 
 PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(TrainConfig):
-    """How to train, as in `TrainConfig`, and on what.
+class Subject:
+    """What is trained, and on what; the first keys that the help shows.
+
+    Attributes:
+      model: name of the net.
+      dataset: name of the data set.
+    """
+
+    model: models.Name = "lenet"
+    dataset: data.Name = "mnist"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(TrainConfig, Subject):
+    """How to train, on what, and how the curvature is measured.
 
     Attributes:
       epochs: passes over the training images.
-      label: feature with the labels.
-      width: factor of all channel numbers, of nets that have such an option.
-      examples: training images, as many of each class; 0 for all.
-      images_per_class: training images of each class that the curvature is measured on.
+      label: feature of the data set that holds the labels, such as coarse_label.
+      width: factor on all numbers of channels, for nets that have this option.
+      examples: number of training images, the same for each class; 0 for all of them.
+      images_per_class: training images of each class at which the curvature is measured.
       norm_layers: whether normalisation layers are shown too. The paper shows convolutions and dense layers.
       method: how the Hessian's spectra are found: "lanczos", or "auto": exactly, through the Gram matrix, for layers
         in which the Hessian is the Gauss-Newton matrix, and by Lanczos for others and for the whole net.
@@ -41,7 +56,7 @@ class Config(TrainConfig):
     examples: int = 0
     images_per_class: int = 10
     norm_layers: bool = False
-    method: str = "auto"
+    method: Literal["lanczos", "auto"] = "auto"
 
 
 def load_all(config: OverTraining, data_dir: str | None) -> dict[str, Dataset]:
@@ -78,19 +93,19 @@ def shown(config: Config, model: nn.Module, params: PyTree, batch: PyTree) -> li
     return [name for name in names if any(x.ndim > 1 for x in jax.tree.leaves(jh.subtree(params, name)))]
 
 
-def about(config: Mapping[str, Any], model: str, dataset: str) -> str:
+def about(config: Config, model: str, dataset: str) -> str:
     """The net and its data in words, with what was made smaller than the paper's."""
-    net_words = plot.label(model) + (f" (width {config['width']:g})" if config["width"] != 1 else "")
+    net_words = plot.label(model) + (f" (width {config.width:g})" if config.width != 1 else "")
     name, _, label = dataset.partition(":")
-    label = label or config["label"]
+    label = label or config.label
     data_words = plot.label(name) + (f" ({label.replace('_', ' ')}s)" if label != "label" else "")
-    return f"{net_words} on {data_words}" + (f" ({config['examples']:,} images)" if config["examples"] else "")
+    return f"{net_words} on {data_words}" + (f" ({config.examples:,} images)" if config.examples else "")
 
 
-def how(config: Mapping[str, Any]) -> str:
-    """How the Hessian's spectra were found, in words."""
-    steps = f"{config['num_steps']} Lanczos steps"
-    return steps if config.get("method", "lanczos") == "lanczos" else f"exact where Hess = G, else {steps}"
+def how(config: Config) -> str:
+    """How the Hessian's spectra were found, in words; of a configuration that has ``num_steps``."""
+    steps = f"{config.num_steps} Lanczos steps"
+    return steps if config.method == "lanczos" else f"exact where Hess = G, else {steps}"
 
 
 # ---- curvature over training ----
@@ -142,17 +157,17 @@ class OverTraining(Config):
     Attributes:
       model: names of nets.
       dataset: names of data sets.
-      trials: trainings of each, with seeds ``seed``, ``seed`` + 1, ...
+      trials: trainings of each net, with the seeds seed, seed + 1, ...
       interval: epochs from one measurement to the next.
-      num_steps: Lanczos steps for lambda_max.
-      num_probes: probes of the traces.
+      num_steps: Lanczos steps for the largest eigenvalue.
+      num_probes: probes of each trace.
     """
 
-    model: tuple[str, ...] = ("vgg11", "vgg11_bn")
-    dataset: tuple[str, ...] = ("mnist",)
+    model: tuple[models.Name, ...] = ("vgg11", "vgg11_bn")
+    dataset: data.Names = ("mnist",)
     trials: int = 1
     interval: int = 1
-    method: str = "auto"
+    method: Literal["lanczos", "auto"] = "auto"
     num_steps: int = 32
     num_probes: int = 16
 
@@ -162,7 +177,7 @@ def run_over_training(config: OverTraining, out_dir: pathlib.Path, data_dir: str
     numbers: dict[str, dict[str, list]] = {}
     for dataset_name, dataset in load_all(config, data_dir).items():
         for name in config.model:
-            found = numbers.setdefault(about(dataclasses.asdict(config), name, dataset_name), {})
+            found = numbers.setdefault(about(config, name, dataset_name), {})
             model = models.build(name, dataset.num_classes, **_options(config))
             for trial in range(config.trials):
                 seeded = dataclasses.replace(config, seed=config.seed + trial)
@@ -174,13 +189,13 @@ def run_over_training(config: OverTraining, out_dir: pathlib.Path, data_dir: str
                 )
                 for metric, values in trained.records.items():
                     found.setdefault(metric, []).append(values[due].tolist())
-    results.save_json(out_dir / "numbers.json", numbers)
+    store.save_json(out_dir / "numbers.json", numbers)
 
 
-def told_apart(config: Mapping[str, Any], numbers: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+def told_apart(config: OverTraining, numbers: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """The records of figures over training by names no longer than needed, and a title that says the rest."""
-    trials = f", mean and standard deviation of {config['trials']} trials" if config["trials"] > 1 else ""
-    title = f"Hessian at {config['images_per_class']} training images a class, over training{trials}"
+    trials = f", mean and standard deviation of {config.trials} trials" if config.trials > 1 else ""
+    title = f"Hessian at {config.images_per_class} training images a class, over training{trials}"
     split = {name: re.split(r"(?= \(width| on )", name, maxsplit=1) for name in numbers}
     rests = {rest for _, rest in split.values()}
     if len(rests) > 1:

@@ -9,6 +9,7 @@ last: the settings of the result, and how it was made.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import fcntl
 import importlib.metadata
@@ -20,11 +21,11 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import jax
 
-from experiments import interrupts, results
+from experiments import interrupts, store
 
 RUNS, RESULTS, ROOT = pathlib.Path("runs"), pathlib.Path("results"), pathlib.Path(__file__).parent.parent
 CONFIG, RUNNING, FIGURE = "config.json", "running.json", "figure.png"
@@ -32,6 +33,7 @@ NUMBERS = ("numbers.json", "numbers.npz", "spectra.npz")
 PACKAGES = ("jaxhess", "jax", "jaxlib", "numpy", "scipy", "optax", "flax")
 
 Settings = Mapping[str, Any]
+Config = TypeVar("Config")
 
 
 def place(out: str, title: str, keep: bool = False) -> pathlib.Path:
@@ -69,11 +71,11 @@ def locked(folder: pathlib.Path) -> Iterator[IO[str]]:
         folder.mkdir(parents=True, exist_ok=True)
         marker = path.open("a+")
     except OSError as error:
-        raise results.unwritable(folder, error) from error
+        raise store.unwritable(folder, error) from error
     with marker:
         if not _lock(marker, path):
             raise ValueError(f"another run has the folder {folder}; wait for its end, or take another with out=FOLDER")
-        results.remove_temporaries(folder)  # of processes that were killed
+        store.remove_temporaries(folder)  # of processes that were killed
         try:
             yield marker
         finally:
@@ -141,14 +143,28 @@ def compute(
         (folder / name).unlink(missing_ok=True)
     # The wall time of a run that went on is that of its last part.
     made |= {"wall_seconds": round(time.monotonic() - start, 1), "resumed": resumed, "files": written, "seed": 0}
-    results.save_json(folder / CONFIG, {"experiment": settings["experiment"]} | made | dict(settings))
+    store.save_json(folder / CONFIG, {"experiment": settings["experiment"]} | made | dict(settings))
     _rewrite(marker, "")
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A configuration as JSON gives it back, without fields whose metadata say that they are not kept."""
+    fields = [field.name for field in dataclasses.fields(config) if field.metadata.get("kept", True)]
+    values = dataclasses.asdict(config)
+    return json.loads(json.dumps({name: values[name] for name in fields}))
+
+
+def configured(folder: pathlib.Path, kind: type[Config]) -> Config:
+    """The configuration of the result in a folder; fields that it does not name, being older, have their defaults."""
+    found, names = store.load_json(folder / CONFIG), {field.name for field in dataclasses.fields(kind)}
+    values = {name: value for name, value in found.items() if name in names}
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 def check(folder: pathlib.Path, settings: Settings, defaults: Settings) -> None:
     """ValueError that says which settings differ if a folder holds the result of others; arguments as of `compute`."""
     if (folder / CONFIG).exists():
-        if words := _differences(results.load_json(folder / CONFIG), settings, defaults):
+        if words := _differences(store.load_json(folder / CONFIG), settings, defaults):
             raise _other(folder, "a result", words)
 
 
@@ -169,7 +185,7 @@ def borrowed(folder: pathlib.Path) -> Iterator[None]:
 def keep(folder: pathlib.Path, defaults: Settings, overwrite: bool = False) -> None:
     """Copies a result to ``results/``; ValueError if one of other settings is there, without ``overwrite``."""
     if not overwrite:
-        config = results.load_json(folder / CONFIG)
+        config = store.load_json(folder / CONFIG)
         check(kept(folder), {key: config.get(key, value) for key, value in defaults.items()}, defaults)
     _copy(folder, kept(folder))
 
@@ -177,7 +193,7 @@ def keep(folder: pathlib.Path, defaults: Settings, overwrite: bool = False) -> N
 def _copy(source, target):
     for name in (*NUMBERS, FIGURE, CONFIG):
         if (source / name).exists():
-            with results.replacing(target / name) as temporary:
+            with store.replacing(target / name) as temporary:
                 shutil.copyfile(source / name, temporary)
         else:
             (target / name).unlink(missing_ok=True)
@@ -232,7 +248,7 @@ def _rewrite(marker, text):
         marker.write(text)
         marker.flush()
     except OSError as error:
-        raise results.unwritable(pathlib.Path(marker.name), error) from error
+        raise store.unwritable(pathlib.Path(marker.name), error) from error
 
 
 def _read(path):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import jaxhess as jh
 from experiments.data import Dataset, per_class
-from experiments.train import objective
+from experiments.models import objective
 
 PyTree = Any
 GRAM_BYTES = 4 * 2**30  # of rows that are held: a gradient each, 37 GB for 1,000 of VGG11

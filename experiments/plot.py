@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -14,12 +13,10 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 import jaxhess as jh
-from experiments import results
+from experiments import store
+from jaxhess import plot as jhplot
+from jaxhess.plot import COLORS, DASHES, MARKERS
 
-# Okabe and Ito: told apart with every common colour blindness, and in grey by the dashes beside them.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES = ("-", (0, (4, 2)), (0, (1, 1.2)), "-.")
-MARKERS = "osD^vP*"
 LABELS = {
     "hessian": r"Hess",
     "ggn": r"$G$",
@@ -68,16 +65,8 @@ def log_densities(spectra: Mapping[str, Mapping[str, jh.Spectrum]], title: str) 
     layers = list(next(iter(spectra.values())))
     figure, axes = _grid(len(layers), title)
     for axis, layer in zip(axes, layers, strict=False):
-        floor, top = np.inf, -np.inf
-        for kind, color, dash in zip(spectra, COLORS, DASHES, strict=False):
-            spectrum = at_least_one(spectra[kind][layer])
-            grid, log_density = spectrum.log_density()
-            log_density = log_density / np.log(10)
-            axis.plot(grid, log_density, color=color, linestyle=dash, linewidth=1.2, label=label(kind))
-            # Below a hundredth of what one eigenvalue spread over the whole range would give there is nothing to see.
-            floor = min(floor, -np.log10(spectrum.dim * (grid[-1] - grid[0])) - 2)
-            top = max(top, log_density.max())
-        axis.set_ylim(floor, top + 0.5)
+        jhplot.densities({label(kind): found[layer] for kind, found in spectra.items()}, axis, legend=False)
+        axis.set(xlabel=None, ylabel=None)
         axis.set_title("full" if layer == "total" else layer, fontsize=8 if len(layers) <= 25 else 6.5)
     figure.supxlabel("eigenvalue", **_STYLE)
     figure.supylabel(r"$\log_{10}$ density", **_STYLE)
@@ -85,17 +74,6 @@ def log_densities(spectra: Mapping[str, Mapping[str, jh.Spectrum]], title: str) 
         handles = axes[0].get_legend_handles_labels()
         figure.legend(*handles, loc="outside lower right", fontsize=7, frameon=False, ncols=len(spectra))
     return figure
-
-
-def at_least_one(spectrum: jh.Spectrum) -> jh.Spectrum:
-    """A spectrum in which each Ritz value that has converged, for itself, weighs as one eigenvalue or more.
-
-    One is there for certain, and an unlucky start vector may give it so little weight that no picture shows it.
-    """
-    apart = np.minimum(np.diff(spectrum.nodes, prepend=-np.inf), np.diff(spectrum.nodes, append=np.inf))
-    least = np.where(spectrum.residuals < apart / 4, 1 / spectrum.dim, 0)
-    weights = np.maximum(spectrum.weights, least)
-    return dataclasses.replace(spectrum, weights=weights / weights.sum())
 
 
 def layer_distances(distances: Mapping[str, Mapping[str, Mapping[str, float]]], title: str) -> Figure:
@@ -115,30 +93,22 @@ def layer_distances(distances: Mapping[str, Mapping[str, Mapping[str, float]]], 
     same = all(layers == shared for layers in nets.values())
     figure, axes = _panels(2, 2, title)
     for axis, (metric, words) in zip(axes, METRICS.items(), strict=True):
-        for i, (net, layers) in enumerate(nets.items()):
-            depth = np.arange(len(layers)) if same else np.linspace(0, 1, len(layers))
-            values = [distances[net][metric][layer] for layer in layers]
-            axis.errorbar(
-                depth,
-                np.mean(values, 1),
-                np.std(values, 1, ddof=len(values[0]) > 1),
-                capsize=2,
-                color=COLORS[i % len(COLORS)],
-                marker=MARKERS[i % len(MARKERS)],
-                linestyle=DASHES[i % len(DASHES)],
-                markersize=4,
-                linewidth=1.2,
-                label=net,
-            )
+        lines = {net: {layer: _estimate(distances[net][metric][layer]) for layer in nets[net]} for net in nets}
+        jhplot.traces(lines, axis, legend=False)
+        axis.set(xlabel=None, ylabel=None)
         if same:
             middle = [shared.index(name) for name in jh.middle_layers(shared)]
             axis.axvspan(middle[0] - 0.5, middle[-1] + 0.5, color="0.93", zorder=0)
-            axis.set_xticks(range(len(shared)), shared, rotation=45 if len(shared) < 8 else 90)
         axis.set_ylim(bottom=0)
         axis.set_title(words, **_STYLE)
     figure.supxlabel("layer (shaded: the middle ones)" if same else "relative depth", **_STYLE)
     axes[0].legend(fontsize=7, frameon=False)
     return figure
+
+
+def _estimate(values):
+    """Mean and standard deviation, which stands where `jaxhess.plot` draws the standard error."""
+    return jh.Estimate(np.mean(values), np.std(values, ddof=len(values) > 1), len(values))
 
 
 def over_epochs(
@@ -352,7 +322,7 @@ def precision(panels: Mapping[str, tuple[str, Mapping[str, tuple[Sequence, Seque
 def save(figure: Figure, path: pathlib.Path) -> None:
     """Writes a figure, whole or not at all."""
     FigureCanvasAgg(figure)
-    with results.replacing(path) as temporary:
+    with store.replacing(path) as temporary:
         figure.savefig(temporary, dpi=150)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Mapping
@@ -16,114 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import optax.contrib
-from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.scipy.ndimage import map_coordinates
+from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
 import jaxhess as jh
-from experiments import checkpoints, data, models, results
+from experiments import data, models, recipe, store
 from experiments.data import Dataset, Split
+from experiments.recipe import TrainConfig
 
 PyTree = Any
 
 SLICE = 64  # images of a gradient that a CPU takes at once: 256 of LeNet's whole take 1.5 times as long
-
-
-@dataclasses.dataclass(frozen=True)
-class Penalty:
-    """The Hessian trace penalty of a training, of the loss in evaluation mode on the batch of the step.
-
-    Attributes:
-      gamma: its coefficient.
-      every: f_r, steps from one penalty to the next. They are counted over all steps from the start, where the
-        released code counts anew in each epoch; if ``every`` divides the steps of an epoch that is the same.
-      start_epoch: when it begins, as a share of all epochs (0.5) or as an epoch (10).
-      layers: "all" or "middle".
-      num_probes: probes of each penalty.
-      curvature: "hessian" or "ggn".
-      probe: "rademacher" or "gaussian".
-    """
-
-    gamma: float
-    every: int = 50
-    start_epoch: float = 0
-    layers: str = "all"
-    num_probes: int = 1
-    curvature: str = "ggn"
-    probe: str = "rademacher"
-
-    def transform(
-        self, model: nn.Module, config: TrainConfig, steps_per_epoch: int
-    ) -> optax.GradientTransformationExtraArgs:
-        """The transformation that adds it to the gradients of a net; ValueError for settings that make no sense."""
-        return jh.add_hessian_trace(
-            objective(model),
-            self.gamma,
-            key=_keys(config.seed)["penalty"],
-            every=self.every,
-            start=self._start(config, steps_per_epoch),
-            layers=self.layers,
-            num_probes=self.num_probes,
-            curvature=self.curvature,
-            probe=self.probe,
-        )
-
-    def due(self, step: int, config: TrainConfig, steps_per_epoch: int) -> bool:
-        """Whether the transformation acts on a step."""
-        since = step - self._start(config, steps_per_epoch)
-        return since >= 0 and since % self.every == 0
-
-    def _start(self, config, steps_per_epoch):
-        return round(_epochs(self.start_epoch, config.epochs) * steps_per_epoch)
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """How to train.
-
-    Attributes:
-      epochs: passes over the training images.
-      batch_size: images in a step; what is left over in an epoch is left out of it.
-      learning_rate: of the first steps.
-      momentum: of SGD.
-      milestones: when the learning rate falls, as shares of all epochs (0.5) or as epochs (10).
-      decay: factor by which it falls.
-      weight_decay: coefficient of L2 regularisation, coupled as in SGD.
-      sam: radius rho of sharpness-aware minimisation (Foret et al. 2021), 0 for none: the gradient is taken at the
-        worst parameters within rho, to first order, for twice the time of a step.
-      augment: whether images are flipped and rotated, see `augment`.
-      seed: of initialisation, order, augmentation and probes; each has random numbers of its own, so that trainings
-        with one seed and different penalties start from the same parameters and see the same images.
-      penalty: the Hessian trace penalty, if any.
-    """
-
-    epochs: int = 30
-    batch_size: int = 256
-    learning_rate: float = 1e-2
-    momentum: float = 0.9
-    milestones: tuple[float, ...] = ()
-    decay: float = 0.25
-    weight_decay: float = 0.0
-    sam: float = 0.0
-    augment: bool = False
-    seed: int = 0
-    penalty: Penalty | None = None
-
-    def __post_init__(self):
-        for name, low, words in (
-            ("epochs", 1, "at least 1"),
-            ("batch_size", 1, "at least 1"),
-            ("learning_rate", 0, "not negative"),
-            ("weight_decay", 0, "not negative"),
-            ("sam", 0, "not negative"),
-        ):
-            if not getattr(self, name) >= low:
-                raise ValueError(f"{name} must be {words}, got {getattr(self, name)}")
-
-    def milestone_epochs(self) -> list[float]:
-        """The milestones, all as epochs."""
-        return [_epochs(point, self.epochs) for point in self.milestones]
 
 
 class TrainState(NamedTuple):
@@ -162,66 +64,6 @@ class DivergedError(ValueError):
     """The training loss is no longer finite."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Predict:
-    """``predict(params, batch)`` of a net in evaluation mode; equal for equal nets, so that ``jit`` compiles once."""
-
-    model: nn.Module
-
-    def __call__(self, params: PyTree, batch: PyTree) -> jax.Array:
-        """Logits (N, C) of ``batch["image"]``, with the batch statistics ``batch["batch_stats"]`` if there are any."""
-        variables = {"params": params, "batch_stats": batch.get("batch_stats", {})}
-        return self.model.apply(variables, batch["image"], train=False)
-
-
-def objective(model: nn.Module) -> jh.Objective:
-    """The cross-entropy of a net in evaluation mode, as jaxhess takes it.
-
-    Args:
-      model: a net of `experiments.models`.
-
-    Returns:
-      An `jaxhess.Objective` of batches {"image": (N, H, W, C), "label": int (N,)}, and "batch_stats" for nets with
-      batch norm.
-    """
-    return jh.Objective(Predict(model), jh.cross_entropy)
-
-
-def optimizer(
-    config: TrainConfig, steps_per_epoch: int, transform: optax.GradientTransformation | None = None
-) -> optax.GradientTransformationExtraArgs:
-    """SGD with momentum, L2 and a piecewise constant rate, after a transformation that may take ``batch=``.
-
-    Args:
-      config: the settings.
-      steps_per_epoch: steps of an epoch.
-      transform: what to do with the gradients first, such as adding a penalty's.
-
-    Returns:
-      An optax transformation that is called with ``batch=``, and with ``grad_fn=`` if there is a radius for SAM.
-    """
-    falls = {round(epoch * steps_per_epoch): config.decay for epoch in config.milestone_epochs()}
-    schedule = optax.piecewise_constant_schedule(config.learning_rate, falls)
-    parts = [optax.add_decayed_weights(config.weight_decay), optax.sgd(schedule, momentum=config.momentum)]
-    if transform is not None:
-        parts.insert(0, transform)
-    if config.sam:
-        parts.insert(0, _sharpness_aware(config.sam))
-    return optax.with_extra_args_support(optax.chain(*parts))
-
-
-def _sharpness_aware(radius):
-    """Replaces the gradient by ``grad_fn`` at the radius from the parameters along it."""
-    ascent = optax.chain(optax.contrib.normalize(), optax.sgd(radius))
-    sam = optax.contrib.sam(optax.identity(), ascent, opaque_mode=True)
-
-    def update(updates, state, params=None, *, grad_fn, **extra):
-        del extra
-        return sam.update(updates, state, params, grad_fn=grad_fn)
-
-    return optax.GradientTransformationExtraArgs(sam.init, update)
-
-
 def train(
     model: nn.Module,
     dataset: Dataset,
@@ -242,7 +84,7 @@ def train(
       dataset: training data; its test split is evaluated after each epoch.
       config: the settings.
       transform: a gradient transformation in front of the optimizer, behind the penalty; its ``update`` is given
-        ``batch=``, a dict of "image" (normalised), "label" and "batch_stats", as `objective` takes it.
+        ``batch=``, a dict of "image" (normalised), "label" and "batch_stats", as `models.objective` takes it.
       callback: ``callback(epoch, params, batch_stats)`` before the first epoch (0) and after each; the next step
         overwrites these arrays, so copy what is to be kept. Named numbers that it returns are kept as records.
       checkpoint_dir: where to keep the state behind each epoch (the last two), and from where to go on if it was kept
@@ -263,20 +105,19 @@ def train(
     steps = num_images // config.batch_size
     if steps == 0:
         raise ValueError(f"batch_size={config.batch_size} is more than the {num_images} training images; take fewer")
-    tx = _with_penalty(model, config, steps, transform)
+    tx = recipe.with_penalty(model, config, steps, transform)
     if transform is None:
         step = _shared_step(model, dataclasses.replace(config, seed=0), steps)
     else:
         step = _make_step(model, config, steps, transform)
-    images, test = _on_device(dataset, dataset.train), _on_device(dataset, dataset.test)
+    images, test = data.on_device(dataset, dataset.train), data.on_device(dataset, dataset.test)
     state, done, records = init_state(model, tx, config, dataset), 0, {}
 
     with contextlib.ExitStack() as stack:
         kept = None
         if checkpoint_dir is not None:
-            recipe = {"model": repr(model), "dataset": dataset.name, "images": num_images, **_settings(config)}
-            kept = checkpoints.Checkpoints(checkpoint_dir, json.loads(json.dumps(recipe)))
-            stack.callback(kept.close)
+            about = {"model": repr(model), "dataset": dataset.name, "images": num_images, **recipe.settings(config)}
+            kept = stack.enter_context(store.Checkpoints(checkpoint_dir, json.loads(json.dumps(about))))
             if restored := kept.latest(state):
                 done, state, records = restored
         title = dict(unit="step", desc="training", disable=None if progress else True)
@@ -310,8 +151,8 @@ class Stepper:
     def __init__(self, model: nn.Module, dataset: Dataset, config: TrainConfig):
         """Takes what `train` takes."""
         steps = len(dataset.train["label"]) // config.batch_size
-        tx = _with_penalty(model, config, steps)
-        self._step, self._images = _make_step(model, config, steps), _on_device(dataset, dataset.train)
+        tx = recipe.with_penalty(model, config, steps)
+        self._step, self._images = _make_step(model, config, steps), data.on_device(dataset, dataset.train)
         self._state, self._done = init_state(model, tx, config, dataset), 0
         self._order = jax.random.permutation(self._state.key, len(dataset.train["label"]))
 
@@ -355,51 +196,32 @@ def train_once(
       ValueError: as `train` and `experiments.models.build`, or for a damaged file.
     """
     model = models.build(name, dataset.num_classes, **(options or {}))
-    recipe, path = _kept_as(name, dataset, config, out_dir, callback, options)
+    settings = recipe.written(name, dataset, config, callback, options)
+    path = store.net_path(out_dir, name, dataset.name, settings)
     folder = path.with_suffix(".checkpoints")
-    if kept := results.find(path):
-        tree = unflatten_dict(results.load_arrays(kept), sep="/")
-        checkpoints.remove(folder)  # only now, for a damaged file is no reason to lose them
-        tree["records"] = flatten_dict(tree.get("records", {}), sep="/")  # names such as "trace/conv1"
-        parts = (
-            tree[part] if part in ("params", "history", "step_loss") else tree.get(part, {}) for part in Trained._fields
-        )
-        return model, Trained(*parts)
+    if kept := store.find(path):
+        tree = store.load_tree(kept)
+        store.remove_checkpoints(folder)  # only now, for a damaged file is no reason to lose them
+        # What is empty is not in the file, and names of records may hold a slash, such as "trace/conv1".
+        tree["records"] = flatten_dict(tree.get("records", {}), sep="/")
+        return model, Trained(**{"batch_stats": {}} | {part: tree[part] for part in Trained._fields if part in tree})
     trained = train(model, dataset, config, callback=callback, checkpoint_dir=folder, progress=progress)
-    results.save_arrays(path, flatten_dict(trained._asdict(), sep="/") | {"recipe": recipe})
-    checkpoints.remove(folder)
+    store.save_tree(path, trained._asdict() | {"recipe": settings})
+    store.remove_checkpoints(folder)
     return model, trained
 
 
 def net_path(name: str, dataset: Dataset, config: TrainConfig, out_dir: pathlib.Path) -> pathlib.Path:
-    """The file in which `train_once` keeps a net."""
-    return _kept_as(name, dataset, config, out_dir)[1]
-
-
-def _kept_as(name, dataset, config, out_dir, callback=None, options=None):
-    settings = _settings(config)
-    if options:
-        settings["options"] = dict(options)
-    if callback is not None:
-        settings["callback"] = repr(callback)
-    about = {"classes": dataset.num_classes, "images": len(dataset.train["label"])}  # tells samples and labels apart
-    recipe = json.dumps({"model": name, "dataset": dataset.name, **about, **settings}, sort_keys=True)
-    digest = hashlib.sha256(recipe.encode()).hexdigest()[:8]
-    return recipe, out_dir / f"net-{name}-{dataset.name.replace('/', '-')}-{digest}.npz"
-
-
-def _settings(config):
-    """The fields of `TrainConfig` as plain values; without ``sam`` where it is off, as in nets kept before it was."""
-    names = [field.name for field in dataclasses.fields(TrainConfig) if field.name != "sam" or config.sam]
-    return {name: value for name, value in dataclasses.asdict(config).items() if name in names}
+    """The file in which `train_once` keeps a net that has neither options nor a callback."""
+    return store.net_path(out_dir, name, dataset.name, recipe.written(name, dataset, config))
 
 
 def init_state(model: nn.Module, tx: optax.GradientTransformation, config: TrainConfig, dataset: Dataset) -> TrainState:
     """The state before the first step."""
-    keys, steps = _keys(config.seed), len(dataset.train["label"]) // config.batch_size
+    keys, steps = recipe.keys(config.seed), len(dataset.train["label"]) // config.batch_size
     variables = jax.jit(model.init)(keys["init"], dataset.batch({k: v[:1] for k, v in dataset.train.items()})["image"])
     opt_state, metrics = tx.init(variables["params"]), ["train_loss", "train_accuracy", "test_loss", "test_error"]
-    if _penalty_state(opt_state) is not None:
+    if recipe.penalty_state(opt_state) is not None:
         metrics += ["penalty", "skipped"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -429,65 +251,7 @@ def evaluate(
     Returns:
       (loss, error).
     """
-    return tuple(float(value) for value in _evaluate(model, params, batch_stats, _on_device(dataset, split)))
-
-
-@jax.jit
-def augment(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Every image flipped left to right or not, and rotated by up to 15 degrees, both at random.
-
-    Between pixels it is interpolated linearly; what comes in from outside continues the border.
-
-    Args:
-      key: a JAX random key.
-      images: (N, H, W, C).
-
-    Returns:
-      Images of the same shape and type, within the range of each.
-    """
-    number, height, width, _ = images.shape
-    flip_key, angle_key = jax.random.split(key)
-    sides = jax.random.rademacher(flip_key, (number,), jnp.float32)
-    angles = jax.random.uniform(angle_key, (number,), minval=-jnp.pi / 12, maxval=jnp.pi / 12)
-    middle = ((height - 1) / 2, (width - 1) / 2)
-    y, x = jnp.meshgrid(jnp.arange(height) - middle[0], jnp.arange(width) - middle[1], indexing="ij")
-
-    def turn(image, side, angle):
-        rows = jnp.cos(angle) * y - jnp.sin(angle) * x + middle[0]
-        columns = side * (jnp.sin(angle) * y + jnp.cos(angle) * x) + middle[1]
-
-        def channel(values):
-            return map_coordinates(values, (rows, columns), order=1, mode="nearest")
-
-        return jax.vmap(channel, in_axes=-1, out_axes=-1)(image)
-
-    return jax.vmap(turn)(images, sides, angles)
-
-
-class _Images(NamedTuple):
-    """A split on the device, and what normalises it."""
-
-    split: dict[str, jax.Array]
-    mean: jax.Array
-    std: jax.Array
-
-    def take(self, index):
-        batch = jax.tree.map(lambda x: x[index], self.split)
-        return batch | {"image": data.normalise(batch["image"], self.mean, self.std)}
-
-
-def _on_device(dataset, split):
-    return jax.device_put(_Images(split, dataset.mean, dataset.std))
-
-
-def _epochs(point, epochs):
-    """A moment given as a share of all epochs (below 1) or as an epoch, as an epoch."""
-    return point * epochs if point < 1 else point
-
-
-def _keys(seed):
-    names = ("init", "order", "augment", "penalty")
-    return dict(zip(names, jax.random.split(jax.random.key(seed), len(names)), strict=True))
+    return tuple(float(value) for value in _evaluate(model, params, batch_stats, data.on_device(dataset, split)))
 
 
 def _record(records, callback, epoch, state):
@@ -500,34 +264,10 @@ def _or_gamma(config):
     return "" if config.penalty is None else f" or gamma={config.penalty.gamma}"
 
 
-def _penalty_state(opt_state):
-    """The state of the first `jaxhess.add_hessian_trace` in an optimizer's; None without."""
-    nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, jh.HessianTraceState))
-    return next((node for node in nodes if isinstance(node, jh.HessianTraceState)), None)
-
-
-def _with_penalty(model, config, steps, transform=None, due=None):
-    """The optimizer, its penalty included; with ``due`` for steps on which that acts, or for those on which not."""
-    if config.penalty is not None:
-        penalty = config.penalty.transform(model, config, steps)
-        if due:
-            always = dataclasses.replace(config.penalty, every=1, start_epoch=0)
-            penalty = always.transform(model, config, steps)
-        elif due is not None:
-            penalty = optax.GradientTransformationExtraArgs(penalty.init, _count_only)
-        transform = penalty if transform is None else optax.chain(penalty, transform)
-    return optimizer(config, steps, transform)
-
-
 @lru_cache(maxsize=16)
 def _shared_step(model, config, steps):
     """The step, which does not depend on the seed: all keys are in the state, so several trials compile it once."""
     return _make_step(model, config, steps)
-
-
-def _count_only(updates, state, params=None, **extra):
-    """An update of `jaxhess.add_hessian_trace` on a step without penalty."""
-    return updates, state._replace(count=state.count + 1)
 
 
 def _make_step(model, config, steps, transform=None):
@@ -537,7 +277,7 @@ def _make_step(model, config, steps, transform=None):
     many times as long for convolutions.
     """
     programs = {
-        due: _compile_step(model, _with_penalty(model, config, steps, transform, due), config, steps)
+        due: _compile_step(model, recipe.with_penalty(model, config, steps, transform, due), config, steps)
         for due in ((False, True) if config.penalty is not None else (False,))
     }
 
@@ -557,7 +297,7 @@ def _compile_step(model, tx, config, steps_per_epoch):
         batch = images.take(jax.lax.dynamic_slice_in_dim(order, start, batch_size))
         batch["batch_stats"] = state.batch_stats
         if config.augment:
-            batch["image"] = augment(jax.random.fold_in(state.augment_key, state.step), batch["image"])
+            batch["image"] = data.augment(jax.random.fold_in(state.augment_key, state.step), batch["image"])
 
         def loss_fn(params, batch):
             variables = {"params": params, "batch_stats": state.batch_stats}
@@ -612,7 +352,7 @@ def _end_epoch(state, epoch, num_images, test_loss, test_error):
         "test_loss": test_loss,
         "test_error": test_error,
     }
-    if (penalty := _penalty_state(state.opt_state)) is not None:
+    if (penalty := recipe.penalty_state(state.opt_state)) is not None:
         record |= {"penalty": penalty.penalty, "skipped": penalty.skipped.astype(jnp.float32)}
     history = {name: values.at[epoch].set(record[name]) for name, values in state.history.items()}
     return state._replace(totals=jax.tree.map(jnp.zeros_like, state.totals), history=history)
@@ -630,7 +370,7 @@ def _sums(model, size, params, batch_stats, images, start):
     """Loss and wrong answers summed over ``size`` images; the last slice may reach beyond the end."""
     index = start + jnp.arange(size)
     batch = images.take(index)  # beyond the end JAX repeats the last one, which then does not count
-    logits = Predict(model)(params, batch | {"batch_stats": batch_stats})
+    logits = models.Predict(model)(params, batch | {"batch_stats": batch_stats})
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
     inside = index < len(images.split["label"])
     return jnp.sum(losses * inside), jnp.sum((logits.argmax(-1) != batch["label"]) & inside)

@@ -9,7 +9,7 @@ import pytest
 from chex import assert_trees_all_equal
 from helpers import made_dataset
 
-from experiments import arms, data, models, run, train
+from experiments import arms, data, models, recipe, report, run, tables, train
 
 TINY = ["images_per_class=1", "num_probes=2", "num_steps=3"]
 SHAPES = {"svhn_cropped": (32, 32, 3), "cifar10": (32, 32, 3), "cifar100": (32, 32, 3)}
@@ -109,13 +109,13 @@ def test_paired_trials_start_from_the_same_parameters_and_see_the_same_images(an
     states = {}
     for arm in arms.ARMS:
         settings = arms.training(config, arm, 5)
-        tx = train.optimizer(settings, 2, settings.penalty.transform(model, settings, 2) if settings.penalty else None)
+        tx = recipe.optimizer(settings, 2, settings.penalty.transform(model, settings, 2) if settings.penalty else None)
         states[arm] = train.init_state(model, tx, settings, made)
     for state in states.values():
         assert_trees_all_equal(state.params, states["ce"].params)
         for key in ("key", "augment_key"):
             assert_trees_all_equal(*(jax.random.key_data(getattr(s, key)) for s in (state, states["ce"])))
-    other = train.init_state(model, train.optimizer(settings, 2), arms.training(config, "ce", 6), made)
+    other = train.init_state(model, recipe.optimizer(settings, 2), arms.training(config, "ce", 6), made)
     assert (other.params["fc1"]["kernel"] != states["ce"].params["fc1"]["kernel"]).any()
 
 
@@ -133,7 +133,7 @@ def test_the_tables_from_end_to_end(any_data, small_net, tmp_path, capsys, monke
     assert len(list(tmp_path.rglob("net-*.npz"))) == 10  # five arms, two trials: those of another table are taken
     # What is kept is neither trained nor measured again.
     monkeypatch.setattr(train, "train", lambda *args, **options: pytest.fail("trained again"))
-    monkeypatch.setattr(arms, "final", lambda *args, **options: pytest.fail("measured again"))
+    monkeypatch.setattr(tables, "final", lambda *args, **options: pytest.fail("measured again"))
     again = [*words, "overwrite=true"]
     assert run.main(again) == 0 and capsys.readouterr().out.splitlines()[-1].startswith("results in")
 
@@ -215,9 +215,9 @@ def test_table_4_from_end_to_end(any_data, small_net, tmp_path, capsys):
     ],
 )
 def test_claims_are_judged_in_words(lower, higher, verdict):
-    line = arms.judge(arms.Claim("htr", "ce", "HTR lowers the test error"), {"htr": lower, "ce": higher})
+    line = report.judge(report.Claim("htr", "ce", "HTR lowers the test error"), {"htr": lower, "ce": higher})
     assert line.startswith("HTR lowers the test error") and verdict in line
     if len(lower) == 3 and "seen" in verdict:
-        assert "not decided" in arms.judge(arms.Claim("a", "b", "w"), {"a": lower, "b": higher}, tests=100)
+        assert "not decided" in report.judge(report.Claim("a", "b", "w"), {"a": lower, "b": higher}, tests=100)
     else:
-        assert ("no paired t-test" in line) == (not np.isfinite(arms.paired_p(lower, higher)))
+        assert ("no paired t-test" in line) == (not np.isfinite(report.paired_p(lower, higher)))

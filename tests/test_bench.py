@@ -6,8 +6,9 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import memory, peers, run
-from experiments.configs import bench
+from experiments import run
+from experiments.bench import memory, peers
+from experiments.bench import study as bench
 
 THEIRS = [peers.GRADIENT, peers.PRODUCT, peers.PENALTY, peers.LANCZOS.format(2)]
 
@@ -33,6 +34,7 @@ def test_from_end_to_end_beside_peers(tmp_path, stand_in, capsys):
     assert run.main(["bench", *words, "peers=true", f"peers_python={stand_in}", f"out={out}"]) == 0
     printed, numbers = capsys.readouterr().out, json.loads((out / "numbers.json").read_text())
     rows = numbers["rows"]
+    assert "peers_python" not in json.loads((out / "config.json").read_text())  # a path of this machine
     assert set(THEIRS) < set(rows) and rows[peers.GRADIENT]["seconds"] == [0.25, 0.25]
     assert all(len(row["seconds"]) == 2 and row["seconds"][0] > 0 for row in rows.values())
     # What takes more than 20 s is timed with its memory only.

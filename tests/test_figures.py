@@ -11,7 +11,7 @@ import scipy.stats
 
 import jaxhess as jh
 from experiments import data, figures, measure, models, plot, run
-from experiments.configs import estimators, fig2, outliers
+from experiments.studies import estimators, fig2, outliers
 
 MLP = ["model=mlp", "dataset=digits", "epochs=2", "images_per_class=2"]
 
@@ -106,7 +106,7 @@ def test_what_is_recorded_over_training_is_the_summary(method):
     callback = figures.Curvature(config, model, digits)
     found = callback(3, params, {})
     table = jh.summarize(
-        measure.objective(model),
+        models.objective(model),
         params,
         measure.measure_batch(digits, 1, {}),
         key=jax.random.fold_in(jax.random.key(0), 3),
@@ -150,7 +150,7 @@ def test_the_precision_of_estimators(out, capsys):
     digits = data.load("digits")
     model, trained = figures.net(estimators.Config(epochs=2), "mlp", digits, out / "estimators")
     batch = measure.measure_batch(digits, 2, {})
-    values = jh.ggn_eigenvalues(measure.objective(model), trained.params, batch)
+    values = jh.ggn_eigenvalues(models.objective(model), trained.params, batch)
     gaussian = np.sqrt(2 * np.sum(values**2)) / values.sum()  # of ||J' B e||^2 with e normal
     ggn = found["probes"][estimators.GGN]
     assert ggn["gaussian"]["total"] == pytest.approx(gaussian, rel=0.2)
@@ -170,7 +170,7 @@ def test_few_images_and_all(out, capsys):
     digits = data.load("digits")
     model, trained = figures.net(estimators.Config(epochs=2), "mlp", digits, out / "whole")
     batch = digits.batch(digits.train)  # at once, where the experiment takes 400, 400, 400 and the rest
-    hessian = jh.hessian(measure.objective(model), trained.params, batch)
+    hessian = jh.hessian(models.objective(model), trained.params, batch)
     key = jax.random.split(jax.random.key(0))[0]
     exact = jh.spectrum(hessian, like=trained.params, key=key, num_steps=8)
     found = numbers(out / "whole")["images"]["1500"]
@@ -195,10 +195,8 @@ def test_which_layers_are_shown():
 
 
 def test_smaller_data_and_nets_are_named(capsys, tmp_path):
-    config = {"width": 0.25, "examples": 2000, "label": "label"}
+    config = figures.Config(width=0.25, examples=2000)
     assert figures.about(config, "vgg11_bn", "cifar10") == "VGG11-BN (width 0.25) on CIFAR-10 (2,000 images)"
-    assert figures.about(config | {"examples": 0, "width": 1}, "lenet", "cifar100:coarse_label") == (
-        "LeNet on CIFAR-100 (coarse labels)"
-    )
+    assert figures.about(figures.Config(), "lenet", "cifar100:coarse_label") == ("LeNet on CIFAR-100 (coarse labels)")
     assert run.main(["fig1", *MLP, "examples=1005", f"out={tmp_path}"]) == 2
     assert "examples=1005 is no multiple of the 10 classes of digits" in capsys.readouterr().err

@@ -21,13 +21,13 @@ from helpers import interruptible
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments import checkpoints, data, models, plot, results, run
-from experiments.configs import demo
+from experiments import data, models, plot, run, store
+from experiments.studies import demo
 
 ROOT = pathlib.Path(run.__file__).parent.parent
 SAVE = {
-    "numbers.json": lambda path, seed=0: results.save_json(path, {"a": [seed] * 2000}),
-    "net.npz": lambda path, seed=0: results.save_arrays(path, {"a/b": random_numbers(seed)}),
+    "numbers.json": lambda path, seed=0: store.save_json(path, {"a": [seed] * 2000}),
+    "net.npz": lambda path, seed=0: store.save_arrays(path, {"a/b": random_numbers(seed)}),
     "figure.png": lambda path, seed=0: plot.save(figure(seed), path),
 }
 
@@ -43,7 +43,7 @@ def figure(seed):
 
 
 def read(path):
-    return (results.load_json if path.suffix == ".json" else results.load_arrays)(path)
+    return (store.load_json if path.suffix == ".json" else store.load_arrays)(path)
 
 
 # ---- files that would run code ----
@@ -82,17 +82,17 @@ def test_a_pickle_inside_an_npz_is_refused_and_not_run(canary, tmp_path):
     path = tmp_path / "net.npz"
     np.savez(path, params=np.arange(3), recipe=np.array([Malicious(tmp_path / "canary")]))
     with pytest.raises(ValueError, match=r"net.npz is damaged.*allow_pickle=False"):
-        results.load_arrays(path)
+        store.load_arrays(path)
     content = io.BytesIO()
     np.save(content, np.array([Malicious(tmp_path / "canary")]))
     path.write_bytes(content.getvalue())
     with pytest.raises(ValueError, match="net.npz is damaged"):
-        results.load_arrays(path)
+        store.load_arrays(path)
 
 
 def keep(folder, *epochs):
     """A folder of checkpoints of the arrays of these seeds."""
-    kept = checkpoints.Checkpoints(folder, {"a": 1})
+    kept = store.Checkpoints(folder, {"a": 1})
     for epoch in epochs:
         kept.save(epoch, {"w": jnp.asarray(random_numbers(epoch))}, {"x": [epoch]})
     return kept
@@ -272,15 +272,15 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, name, there_before):
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
 def test_a_disk_that_fails_late_leaves_what_was_there(tmp_path, monkeypatch, call, code):
     path = tmp_path / "numbers.json"
-    results.save_json(path, {"a": 1})
+    store.save_json(path, {"a": 1})
 
     def fail(*args):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, call, fail)
     with pytest.raises(ValueError, match=f"numbers.json cannot be written.*{os.strerror(code)}"):
-        results.save_json(path, {"a": 2})
-    assert results.load_json(path) == {"a": 1} and files(tmp_path) == [path]
+        store.save_json(path, {"a": 2})
+    assert store.load_json(path) == {"a": 1} and files(tmp_path) == [path]
 
 
 def test_a_full_disk_leaves_the_checkpoints_before(tmp_path):
@@ -310,7 +310,7 @@ def test_a_folder_that_cannot_be_written_is_named(nowhere, name):
 
 def test_checkpoints_that_cannot_be_kept_are_named(nowhere):
     with pytest.raises(ValueError, match=f"{nowhere} cannot be written.*another folder with out="):
-        checkpoints.Checkpoints(nowhere, {})
+        store.Checkpoints(nowhere, {})
 
 
 def refuse(*args, **options):
@@ -321,7 +321,7 @@ def test_a_run_asks_first_whether_it_can_write(nowhere, tmp_path, monkeypatch, c
     monkeypatch.setattr(demo, "run", lambda *args: pytest.fail("computed what cannot be saved"))
     assert run.main(["demo", f"out={nowhere}"]) == 2
     assert capsys.readouterr().err.startswith(f"error: {nowhere} cannot be written")
-    monkeypatch.setattr(results.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(store.tempfile, "TemporaryFile", refuse)
     assert run.main(["demo", f"out={tmp_path / 'new' / 'out'}"]) == 2
     assert "cannot be written (Permission denied)" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
@@ -362,12 +362,12 @@ def handled():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_writing_leaves_what_was_there(tmp_path, handled, number):
     path = tmp_path / "numbers.json"
-    results.save_json(path, {"a": 1})
-    with pytest.raises(KeyboardInterrupt), results.replacing(path) as temporary:
+    store.save_json(path, {"a": 1})
+    with pytest.raises(KeyboardInterrupt), store.replacing(path) as temporary:
         temporary.write_text("half")
         os.kill(os.getpid(), number)
         time.sleep(10)
-    assert results.load_json(path) == {"a": 1} and files(tmp_path) == [path]
+    assert store.load_json(path) == {"a": 1} and files(tmp_path) == [path]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -387,7 +387,7 @@ def test_a_signal_ends_the_command_with_its_status_and_whole_checkpoints(start, 
     marker, folder = sorted(out.iterdir(), key=lambda path: path.is_dir())  # no half-written file beside them
     assert json.loads(marker.read_text())["epochs"] == 5000
     epochs = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
-    kept = checkpoints.Checkpoints(folder, {})
+    kept = store.Checkpoints(folder, {})
     with pytest.raises(ValueError, match="another training"):  # it can be read: its recipe is another one
         kept.latest({})
     kept.close()

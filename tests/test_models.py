@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 
 import jaxhess as jh
-from experiments import models, train
+from experiments import models
 from experiments.models import ops
 
 # Programs that run once: compiled several times as fast, and slower.
@@ -33,7 +33,7 @@ def layers(name, **options):
     batch = {"image": jnp.zeros((2, 32, 32, 3)), "label": jnp.zeros(2, int)}
     batch["batch_stats"] = variables.get("batch_stats", {})
     params, batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (variables["params"], batch))
-    return jh.layer_names(params, train.objective(model), batch)
+    return jh.layer_names(params, models.objective(model), batch)
 
 
 # ---- sizes ----

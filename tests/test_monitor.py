@@ -1,17 +1,33 @@
 """Curvature beside someone else's training: what is measured, when, and within which time."""
 
+import doctest
+import inspect
 import json
+import math
+import subprocess
+import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import problem
 
 import jaxhess as jh
-from experiments import monitor
+from jaxhess import monitor
 
 P = problem("mlp")
 KEY = jax.random.key(4)
+
+
+class Recorder:
+    """A sink that keeps what it is given, as a run of Weights & Biases takes it."""
+
+    def __init__(self):
+        self.seen = []
+
+    def log(self, data, step=None):
+        self.seen.append((step, data))
 
 
 class Clock:
@@ -35,40 +51,66 @@ def times(cost, share, steps, every=1):
     watch = monitor.Monitor(P.objective, key=KEY, sinks=[], every=every, share=share, clock=clock)
     watch._measure = measured
     for step in range(steps):
-        if watch(step, P.params, P.batch) is not None:
+        if watch(P.params, P.batch, step) is not None:
             taken.append(step)
         clock.now += 1
     return taken, clock.now, watch
 
 
 def test_it_measures_when_it_is_due_and_what_it_is_told(tmp_path):
-    path = tmp_path / "deep" / "curvature.jsonl"
+    path, recorder = tmp_path / "deep" / "curvature.jsonl", Recorder()
     watch = monitor.Monitor(
         P.objective,
         key=KEY,
-        sinks=[monitor.jsonl(path)],
+        sinks=[monitor.jsonl(path), recorder],
         every=3,
-        measures=monitor.MEASURES,
+        measures=["trace", "ggn_trace", "lambda_max"],
         num_probes=4,
         num_steps=5,
         clock=Clock(0.0),
     )
-    found = [watch(step, P.params, P.batch) for step in range(4)]
+    found = [watch(P.params, P.batch, step) for step in range(4)]
     assert [record is not None for record in found] == [True, False, False, True]
     key = jax.random.fold_in(KEY, 3)
-    traces = jh.layer_traces(P.objective, P.params, P.batch, key=key, num_probes=4)
-    for layer, estimate in traces.items():
-        assert found[3][f"trace/{layer}"] == pytest.approx(float(estimate.mean))
+    for name, curvature in (("trace", "hessian"), ("ggn_trace", "ggn")):
+        traces = jh.layer_traces(P.objective, P.params, P.batch, key=key, num_probes=4, curvature=curvature)
+        assert "fc1" in traces and "total" in traces
+        for layer, estimate in traces.items():
+            assert found[3][f"{name}/{layer}"] == pytest.approx(float(estimate.mean))
+            assert found[3][f"{name}_std_error/{layer}"] == pytest.approx(float(estimate.std_error))
     assert found[3]["trace/fc1"] != found[0]["trace/fc1"]  # probes of its own
-    assert {"ggn_trace/total", "lambda_max/total"} < set(found[3])
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert lines == [{"step": 0} | found[0], {"step": 3} | found[3]]
+    assert [name for name in found[3] if name.startswith("lambda_max")] == ["lambda_max/total"]
+    assert all(type(value) is float for value in found[3].values())
+    assert monitor.read(path) == [{"step": 0} | found[0], {"step": 3} | found[3]]
+    assert recorder.seen == [(0, found[0]), (3, found[3])]
+
+
+def test_the_largest_eigenvalue_of_every_layer():
+    watch = monitor.Monitor(P.objective, key=KEY, sinks=[], measures=["layer_lambda_max"], num_steps=30)
+    record = watch(P.params, P.batch, 0)
+    layers = jh.layer_names(P.params)
+    assert sorted(record) == sorted(f"lambda_max/{layer}" for layer in [*layers, "total"])
+    for layer in layers:
+        block = jh.hessian(P.objective, P.params, P.batch, layer=layer)
+        like = jh.subtree(P.params, layer)
+        exact = jh.top_eigenpairs(block, like=like, key=KEY, k=1)[0][0]
+        assert record[f"lambda_max/{layer}"] == pytest.approx(float(exact), rel=1e-3)
+
+
+def test_a_run_that_goes_on_measures_what_it_would_have_measured():
+    def watched():
+        options = dict(every=5, measures=["trace"], num_probes=2, clock=Clock(0.0))
+        return monitor.Monitor(P.objective, key=KEY, sinks=[], **options)
+
+    first = watched()
+    whole = [first(P.params, P.batch, step) for step in (0, 5)]
+    assert watched()(P.params, P.batch, 5) == whole[1] and whole[1] != whole[0]
 
 
 @pytest.mark.parametrize(("cost", "share"), [(0.5, 0.1), (2.0, 0.05), (0.01, 0.05)])
 def test_it_keeps_within_its_share(cost, share):
     taken, total, watch = times(cost, share, 400)
-    # The first is let through; what follows must have been earned by then.
+    # The first is always taken; what follows must have been earned by then.
     assert taken[0] == 0
     assert cost * len(taken) <= share * total + cost
     assert len(taken) >= min(400, 0.8 * share * 400 / cost)
@@ -80,52 +122,133 @@ def test_a_budget_that_allows_all_leaves_nothing_out():
     assert taken == [0, 5, 10, 15] and watch.left_out == 0
 
 
+def test_whole_data_sets_and_losses_with_aux():
+    halves = [jax.tree.map(lambda x: x[: len(x) // 2], P.batch), jax.tree.map(lambda x: x[len(x) // 2 :], P.batch)]
+    options = dict(key=KEY, sinks=[], measures=["trace"], num_probes=2)
+    whole = monitor.Monitor(P.objective, **options)(P.params, P.batch, 0)
+    found = monitor.Monitor(P.objective, **options)(P.params, jh.Batches(halves), 0)
+    assert found == pytest.approx(whole, rel=1e-3, abs=1e-4)
+    with_aux = monitor.Monitor(lambda w, b: (P.objective(w, b), "aux"), has_aux=True, **options)
+    assert with_aux(P.params, P.batch, 0) == pytest.approx(whole, rel=1e-4, abs=1e-5)
+
+
+# ---- sinks ----
+
+
 def test_a_line_that_was_cut_short_spoils_no_other(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 0, "a": 1.0}\n{"step": 1, "a"')
-    monitor.jsonl(path)(2, {"a": 3.0})
+    monitor.jsonl(path).log({"a": 3.0}, 2)
     lines = path.read_text().splitlines()
     assert json.loads(lines[0])["step"] == 0 and json.loads(lines[2]) == {"step": 2, "a": 3.0}
+    assert monitor.read(path) == [{"step": 0, "a": 1.0}, {"step": 2, "a": 3.0}]
 
 
-def test_tensorboard(tmp_path, monkeypatch):
-    written = []
+def test_what_is_not_finite_is_null_in_the_file_and_nan_when_it_is_read(tmp_path):
+    sink = monitor.jsonl(tmp_path / "log.jsonl")
+    sink.log({"a": math.nan, "b": math.inf}, 1)
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1, "a": null, "b": null}\n'
+    (record,) = monitor.read(tmp_path / "log.jsonl")
+    assert math.isnan(record["a"]) and math.isnan(record["b"])
 
-    class Writer:
+
+def test_of_two_records_of_a_step_the_last_counts(tmp_path):
+    sink = monitor.jsonl(tmp_path / "log.jsonl")
+    for step, value in ((0, 1.0), (10, 2.0), (20, 3.0), (10, 4.0)):  # it went on from a checkpoint before step 10
+        sink.log({"a": value}, step)
+    assert monitor.read(tmp_path / "log.jsonl") == [
+        {"step": 0, "a": 1.0},
+        {"step": 10, "a": 4.0},
+        {"step": 20, "a": 3.0},
+    ]
+
+
+class Writer:
+    """A summary writer."""
+
+    def __init__(self, folder=None):
+        self.folder, self.written = folder, []
+
+    def add_scalar(self, name, value, step):
+        self.written.append((name, value, step))
+
+
+def test_tensorboard_takes_a_writer_of_ones_own():
+    writer = Writer()
+    monitor.tensorboard(writer).log({"trace/total": 1.5, "trace/fc": 0.5}, 7)
+    assert writer.written == [("trace/total", 1.5, 7), ("trace/fc", 0.5, 7)]
+
+
+@pytest.mark.parametrize("package", ["tensorboardX", "torch.utils.tensorboard"])
+def test_tensorboard_makes_a_writer_of_what_is_installed(tmp_path, monkeypatch, package):
+    made = []
+
+    class Flushed(Writer):
         def __init__(self, folder):
-            self.folder = folder
-
-        def add_scalar(self, name, value, step):
-            written.append((name, value, step))
+            super().__init__(folder)
+            made.append(self)
 
         def flush(self):
-            written.append("flush")
+            self.written.append("flush")
 
     class Module:
-        SummaryWriter = Writer
+        SummaryWriter = Flushed
 
-    monkeypatch.setitem(__import__("sys").modules, "tensorboardX", Module)
-    monitor.tensorboard(tmp_path)(7, {"trace/total": 1.5})
-    assert written == [("trace/total", 1.5, 7), "flush"]
-    monkeypatch.setitem(__import__("sys").modules, "tensorboardX", None)
+    for name in ("tensorboardX", "torch", "torch.utils", "torch.utils.tensorboard"):
+        there = package.startswith(name)
+        monkeypatch.setitem(sys.modules, name, Module if there else None)
+    monitor.tensorboard(tmp_path).log({"trace/total": 1.5}, 7)
+    assert made[0].folder == str(tmp_path) and made[0].written == [("trace/total", 1.5, 7), "flush"]
+
+
+def test_tensorboard_says_what_to_install(tmp_path, monkeypatch):
+    for name in ("tensorboardX", "torch"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ValueError, match="pip install tensorboardX"):
         monitor.tensorboard(tmp_path)
 
 
+# ---- the rest ----
+
+
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "error", "message"),
     [
-        ({"measures": ["hess"]}, r"unknown measures \['hess'\]; choose from \['trace'"),
-        ({"share": 0.0}, r"share must lie in \(0, 1\], got 0.0"),
-        ({"every": 0}, "every must be at least 1"),
+        ({"measures": ["hess"]}, ValueError, r"unknown measures \['hess'\]; choose one or more of \['trace'"),
+        ({"measures": []}, ValueError, "choose one or more"),
+        ({"share": 0.0}, ValueError, r"share must lie in \(0, 1\], got 0.0"),
+        ({"every": 0}, ValueError, "every must be at least 1"),
+        ({"sinks": [print]}, TypeError, r"a sink has a method log\(record, step\), got <built-in"),
     ],
 )
-def test_bad_settings_are_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        monitor.Monitor(P.objective, key=KEY, sinks=[], **options)
+def test_bad_settings_are_named(options, error, message):
+    with pytest.raises(error, match=message):
+        monitor.Monitor(P.objective, **{"key": KEY, "sinks": [], **options})
 
 
 def test_training_is_not_changed():
     params = jax.tree.map(np.copy, P.params)
-    monitor.Monitor(P.objective, key=KEY, sinks=[], measures=["trace"], num_probes=1)(0, params, P.batch)
+    monitor.Monitor(P.objective, key=KEY, sinks=[], measures=["trace"], num_probes=1)(params, P.batch, 0)
     jax.tree.map(np.testing.assert_array_equal, params, P.params)
+
+
+def test_what_is_not_due_does_not_touch_the_device():
+    deleted = jnp.ones(2)
+    deleted.delete()
+    assert monitor.Monitor(P.objective, key=KEY, sinks=[])(deleted, deleted, 7) is None
+
+
+def test_importing_it_imports_no_library_of_a_sink():
+    code = "import sys, jaxhess.monitor; print([m for m in ('torch', 'tensorboardX', 'wandb') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_its_documentation_is_whole_and_runs():
+    assert doctest.testmod(monitor).failed == 0
+    for function in (monitor.jsonl, monitor.read, monitor.tensorboard):
+        text = inspect.getdoc(function)
+        places = [text.find(section) for section in ("Args:", "Returns:", "Example:", "Reference:")]
+        assert -1 not in places and places == sorted(places), function
+    for argument in inspect.signature(monitor.Monitor.__init__).parameters:
+        assert argument == "self" or f"{argument}: " in monitor.Monitor.__init__.__doc__

@@ -12,8 +12,8 @@ import textwrap
 
 import pytest
 
-from experiments import data, folders, names, results, run, train
-from experiments.configs import demo
+from experiments import data, folders, names, run, store, train
+from experiments.studies import demo
 
 ROOT = pathlib.Path(__file__).parent.parent
 WHOLE = ["config.json", "figure.png", "numbers.json"]
@@ -39,14 +39,14 @@ def demo_run(monkeypatch, tmp_path):
     def compute(config, out_dir, data_dir=None):
         quick.append(config.epochs)
         if quick.keeps or not quick.ends_by:
-            results.save_arrays(out_dir / f"net-{config.epochs}.npz", {"w": [1.0]})
+            store.save_arrays(out_dir / f"net-{config.epochs}.npz", {"w": [1.0]})
         if quick.ends_by:
             raise quick.ends_by
-        results.save_json(out_dir / "numbers.json", {"epochs": config.epochs})
+        store.save_json(out_dir / "numbers.json", {"epochs": config.epochs})
 
-    def draw(out_dir):
-        config, numbers = (results.load_json(out_dir / name) for name in ("config.json", "numbers.json"))
-        assert config["epochs"] == numbers["epochs"]
+    def draw(config, out_dir):
+        numbers = store.load_json(out_dir / "numbers.json")
+        assert isinstance(config, demo.Config) and config.epochs == numbers["epochs"]
         (out_dir / "figure.png").write_text(f"a figure of {numbers}")
 
     monkeypatch.setattr(demo, "run", compute)
@@ -123,7 +123,7 @@ def test_a_result_of_other_settings_is_refused_and_they_are_named(demo_run, caps
     assert "overwrite=true" in message and "out=FOLDER" in message and "seed is" not in message
     assert demo_run == [8] and {name: (OUT / name).read_bytes() for name in files(OUT)} == before
 
-    results.save_arrays(OUT / "numbers.npz", {"of another": [1]})
+    store.save_arrays(OUT / "numbers.npz", {"of another": [1]})
     assert run.main(["demo", "epochs=2", "seed=3", "overwrite=true"]) == 0
     assert read(OUT / "config.json")["epochs"] == 2 and read(OUT / "numbers.json") == {"epochs": 2}
     assert files(OUT) == [*WHOLE[:2], "net-2.npz", "net-8.npz", *WHOLE[2:]]  # nets are in nobody's way
@@ -132,7 +132,7 @@ def test_a_result_of_other_settings_is_refused_and_they_are_named(demo_run, caps
 def test_another_experiment_in_the_folder_is_other_settings(demo_run, capsys):
     assert run.main(["demo", "out=here"]) == 0
     config = read(pathlib.Path("here", "config.json"))
-    results.save_json(pathlib.Path("here", "config.json"), config | {"experiment": "fig1"})
+    store.save_json(pathlib.Path("here", "config.json"), config | {"experiment": "fig1"})
     assert "experiment is fig1 there, demo here" in error(capsys, "out=here")
 
 
@@ -141,7 +141,7 @@ def test_settings_that_are_newer_than_a_result_have_their_defaults(demo_run, cap
     config = read(OUT / "config.json")
     for name in ("method", "chunk_size", "commit", "versions", "files", "date"):
         del config[name]
-    results.save_json(OUT / "config.json", config)
+    store.save_json(OUT / "config.json", config)
     assert run.main(["demo"]) == 0 and demo_run == [8]
     assert "method is auto there, lanczos here" in error(capsys, "method=lanczos")
 
@@ -241,7 +241,7 @@ def test_a_result_that_is_there_is_kept_without_computing_it_again(demo_run):
 
 def test_what_is_kept_is_not_overwritten_by_other_settings(demo_run, capsys):
     assert run.main(["demo", "keep=true"]) == 0
-    results.save_arrays(KEPT / "spectra.npz", {"of another": [1]})
+    store.save_arrays(KEPT / "spectra.npz", {"of another": [1]})
     message = error(capsys, "out=elsewhere/demo-lenet-digits", "epochs=2", "keep=true")
     assert f"{KEPT} holds a result of other settings: epochs is 8 there, 2 here" in message and demo_run == [8]
     # The settings of a redrawn result are those that it was computed with.
@@ -270,14 +270,14 @@ def test_a_kept_result_is_drawn_again_in_runs(monkeypatch, tmp_path, capsys):
 
 def test_nets_are_found_beside_and_where_they_were_left_before(tmp_path):
     wanted = tmp_path / "runs" / "new" / "net-a.npz"
-    assert results.find(wanted) is None
+    assert store.find(wanted) is None
     (tmp_path / "results" / "old").mkdir(parents=True)
     (tmp_path / "results" / "old" / "net-a.npz").touch()
-    assert results.find(wanted) == tmp_path / "results" / "old" / "net-a.npz"
-    assert results.find(tmp_path / "elsewhere" / "new" / "net-a.npz") is None
+    assert store.find(wanted) == tmp_path / "results" / "old" / "net-a.npz"
+    assert store.find(tmp_path / "elsewhere" / "new" / "net-a.npz") is None
     (tmp_path / "runs" / "other").mkdir(parents=True)
     (tmp_path / "runs" / "other" / "net-a.npz").touch()
-    assert results.find(wanted) == tmp_path / "runs" / "other" / "net-a.npz"
+    assert store.find(wanted) == tmp_path / "runs" / "other" / "net-a.npz"
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no checkout")
@@ -381,10 +381,10 @@ def test_an_interrupt_waits_for_the_file_that_is_written(tmp_path):
     process = child(
         """
         import pathlib, sys, time
-        from experiments import interrupts, results
+        from experiments import interrupts, store
         interrupts.install()
         interrupts.say = lambda: "interrupted"
-        with results.replacing(pathlib.Path(sys.argv[1]) / "numbers.json") as temporary:
+        with store.replacing(pathlib.Path(sys.argv[1]) / "numbers.json") as temporary:
             temporary.write_text("hal")
             print(flush=True)
             time.sleep(1)
@@ -439,7 +439,11 @@ def test_the_line_of_one_command_is_not_that_of_the_next(demo_run, capsys, monke
     [
         (["fgi1"], r"unknown experiment 'fgi1'; .*did you mean 'fig1"),
         (["demo", "epoch=3"], "unknown key 'epoch'; .*did you mean 'epochs'"),
-        (["demo", "--epochs=3"], "unknown key '--epochs'; .*did you mean 'epochs'"),
+        (["demo", "--epoch=3"], "--epoch.*did you mean --epochs"),
+        (["demo", "--keeep"], "--keeep; did you mean --keep"),
+        (["demo", "--model", "lenett"], "invalid choice 'lenett' for argument '--model'. Expected one of .'lenet'"),
+        (["table4", "curvatures=hesian"], "unknown curvatures 'hesian'; .*did you mean 'hessian'"),
+        (["fig2", "weighting=q"], "unknown weighting 'q'; choose from"),
         (["demo", "model=lenett"], "unknown model 'lenett'; .*did you mean 'lenet'"),
         (["fig3", "model=mlp,vgg11bn"], "unknown model 'vgg11bn'; .*did you mean 'vgg11"),
         (["demo", "dataset=digit"], "unknown data set 'digit'; .*did you mean 'digits'"),

@@ -149,7 +149,7 @@ def test_a_run_that_lost_devices_goes_on_on_fewer(tmp_path, mesh):
     one, _ = steps(4, P.params, tx.init(P.params), BATCH)
 
     pytest.importorskip("orbax.checkpoint")
-    from experiments.checkpoints import Checkpoints
+    from experiments.store import Checkpoints
 
     params = spread_params(mesh, P.params)
     kept = Checkpoints(tmp_path, {"run": "one"})

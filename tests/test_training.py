@@ -17,11 +17,11 @@ import pytest
 from chex import assert_trees_all_equal
 from helpers import made_dataset
 
-from experiments import checkpoints, data, models, results, train
+from experiments import data, models, recipe, store, train
 
 ROOT = pathlib.Path(train.__file__).parent.parent
-SHORT = train.TrainConfig(epochs=3, batch_size=8, learning_rate=0.05, augment=True)
-HTR = dataclasses.replace(SHORT, penalty=train.Penalty(1e-2, every=2, start_epoch=1))
+SHORT = recipe.TrainConfig(epochs=3, batch_size=8, learning_rate=0.05, augment=True)
+HTR = dataclasses.replace(SHORT, penalty=recipe.Penalty(1e-2, every=2, start_epoch=1))
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +90,15 @@ def test_bad_penalties_are_named(made):
             train.train(mlp(), made, dataclasses.replace(HTR, penalty=penalty), progress=False)
 
 
+def test_nets_that_were_kept_before_are_found(tmp_path):
+    """The hash in the name of a file is that of earlier versions of this code."""
+    config = recipe.TrainConfig(epochs=8, batch_size=50, learning_rate=2e-2, milestones=(0.7,))
+    config = dataclasses.replace(config, penalty=recipe.Penalty(1e-3, start_epoch=0.5))
+    sharp = dataclasses.replace(config, sam=0.1, penalty=None)
+    names = [train.net_path("lenet", data.load("digits"), settings, tmp_path).name for settings in (config, sharp)]
+    assert names == ["net-lenet-digits-4e82c0dc.npz", "net-lenet-digits-96279ae9.npz"]
+
+
 def test_a_penalty_is_part_of_the_recipe(made, tmp_path):
     paths = {train.net_path("mlp", made, config, tmp_path) for config in (SHORT, HTR)}
     stronger = dataclasses.replace(HTR, penalty=dataclasses.replace(HTR.penalty, gamma=1e-1))
@@ -102,18 +111,18 @@ def test_a_penalty_is_part_of_the_recipe(made, tmp_path):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.uint8])
 def test_augmentation_keeps_shape_type_and_range(dtype):
     images = jnp.asarray(np.random.default_rng(0).integers(3, 200, (20, 9, 12, 2)), dtype)
-    found = train.augment(jax.random.key(0), images)
+    found = data.augment(jax.random.key(0), images)
     assert found.shape == images.shape and found.dtype == dtype
     low, high = images.min((1, 2), keepdims=True), images.max((1, 2), keepdims=True)
     assert ((found >= low) & (found <= high)).all()
-    assert_trees_all_equal(found, train.augment(jax.random.key(0), images))
-    assert (found != train.augment(jax.random.key(1), images)).any()
+    assert_trees_all_equal(found, data.augment(jax.random.key(0), images))
+    assert (found != data.augment(jax.random.key(1), images)).any()
 
 
 def test_augmentation_turns_by_at_most_15_degrees_and_flips_half():
     y, x = np.mgrid[:33, :33] - 16.0
     images = np.stack([x, y], axis=-1)[None].repeat(200, 0).astype(np.float32)
-    found = np.asarray(train.augment(jax.random.key(0), jnp.asarray(images)))[
+    found = np.asarray(data.augment(jax.random.key(0), jnp.asarray(images)))[
         :, 16, 17
     ]  # one to the right of the middle
     side, slope = np.sign(found[:, 0]), np.abs(found[:, 1])
@@ -124,13 +133,13 @@ def test_augmentation_turns_by_at_most_15_degrees_and_flips_half():
 
 # ---- checkpoints ----
 
-LONG = train.TrainConfig(
+LONG = recipe.TrainConfig(
     epochs=12,
     batch_size=100,
     learning_rate=0.05,
     milestones=(0.5,),
     augment=True,
-    penalty=train.Penalty(1e-3, every=4, start_epoch=1),
+    penalty=recipe.Penalty(1e-3, every=4, start_epoch=1),
 )
 
 
@@ -147,7 +156,7 @@ def long_training(out):
     train.train_once("mlp", data.load("digits"), LONG, out, callback=Norm(), progress=False)
     (path,) = out.glob("net-*.npz")
     assert not list(out.glob("*.checkpoints"))  # removed when the net is kept
-    return results.load_arrays(path)
+    return store.load_arrays(path)
 
 
 def kill_and_resume(start, tmp_path, kills, seed):
@@ -262,7 +271,7 @@ def test_checkpoints_of_another_training_are_refused(made, tmp_path):
 
 def test_checkpoints_bring_back_keys_and_types(tmp_path):
     state = {"key": jax.random.key(3), "count": jnp.int32(2), "half": jnp.ones(2, jnp.bfloat16), "none": {}}
-    kept = checkpoints.Checkpoints(tmp_path, {"a": 1})
+    kept = store.Checkpoints(tmp_path, {"a": 1})
     assert kept.latest(state) is None
     kept.save(4, state, {"x": [0.1]})
     epoch, found, records = kept.latest(jax.tree.map(jnp.zeros_like, state))
@@ -287,10 +296,10 @@ def test_what_is_held_out_is_no_longer_trained_on(made):
 
 
 def test_sam_takes_the_gradient_at_the_worst_point_nearby(made):
-    config = train.TrainConfig(epochs=1, batch_size=30, learning_rate=0.05, momentum=0.0)
+    config = recipe.TrainConfig(epochs=1, batch_size=30, learning_rate=0.05, momentum=0.0)
     rho, batch = 0.7, made.batch(made.train)
-    first = train.init_state(mlp(), train.optimizer(config, 1), config, made).params
-    grad = jax.grad(train.objective(mlp()))
+    first = train.init_state(mlp(), recipe.optimizer(config, 1), config, made).params
+    grad = jax.grad(models.objective(mlp()))
     at_first = grad(first, batch)
     norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(at_first)))
     worst = grad(jax.tree.map(lambda p, g: p + rho * g / norm, first, at_first), batch)
@@ -301,6 +310,6 @@ def test_sam_takes_the_gradient_at_the_worst_point_nearby(made):
 
 
 def test_nets_kept_before_sam_are_still_found(made, tmp_path):
-    assert "sam" not in train._settings(SHORT)
+    assert "sam" not in recipe.settings(SHORT)
     paths = {train.net_path("mlp", made, dataclasses.replace(SHORT, sam=rho), tmp_path) for rho in (0.0, 0.1, 0.2)}
     assert len(paths) == 3

@@ -1,4 +1,4 @@
-"""The nets of the experiments, in Flax Linen, by name.
+"""The nets of the experiments, in Flax Linen, by name, and each as an objective.
 
 Every net is called as ``model.apply(variables, images, train=False)`` and gives logits; in training mode those with
 batch norm update the collection "batch_stats".
@@ -7,6 +7,7 @@ batch norm update the collection "batch_stats".
 from __future__ import annotations
 
 from functools import partial
+from typing import Literal
 
 import flax.linen as nn
 
@@ -14,8 +15,11 @@ from experiments import names
 from experiments.models.densenet import DenseNet
 from experiments.models.lenet import LeNet
 from experiments.models.mlp import MLP
+from experiments.models.objective import Predict, objective
 from experiments.models.resnet import ResNet18
 from experiments.models.vgg import VGG
+
+__all__ = ["MODELS", "Name", "Predict", "build", "objective"]
 
 MODELS = {
     "lenet": LeNet,
@@ -30,6 +34,7 @@ MODELS = {
     "resnet18_noskip": partial(ResNet18, skip=False),
     "densenet": DenseNet,
 }
+Name = Literal[*MODELS]
 
 
 def build(name: str, num_classes: int, **options) -> nn.Module:

@@ -12,18 +12,18 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 
-from experiments import arms, plot, results
+from experiments import arms, data, tables
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(arms.Config):
-    """As `arms.Config`.
+    """Which net on which data set, how often, and what is compared.
 
     Attributes:
-      intervals: the f_r to compare, beside no penalty; ``every`` plays no part.
+      intervals: steps from one penalty to the next (f_r), compared with no penalty; they replace every.
     """
 
-    dataset: str = "fashion_mnist"
+    dataset: data.Name = "fashion_mnist"
     trials: int = 3
     intervals: tuple[int, ...] = (1, 25, 50, 100, 200)
 
@@ -31,11 +31,9 @@ class Config(arms.Config):
 def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> None:
     """Trains (or finds) the nets and saves the numbers."""
     settings = {"no HTR": None} | {f"f_r = {every}": {"every": every} for every in config.intervals}
-    arms.run_sweep(config, settings, out_dir, data_dir)
+    tables.run_sweep(config, settings, out_dir, data_dir)
 
 
-def draw(out_dir: pathlib.Path) -> None:
+def draw(config: Config, out_dir: pathlib.Path) -> None:
     """Draws the figure from the saved numbers, and says what they show."""
-    config, numbers = results.load_json(out_dir / "config.json"), results.load_json(out_dir / "numbers.json")
-    plot.save(plot.accuracies(numbers, arms.title(config)), out_dir / "figure.png")
-    arms.print_sweep(numbers, "no HTR")
+    tables.draw_sweep(config, out_dir, "no HTR")

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import time
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import numpy as np
 
 import jaxhess as jh
-from experiments import arms, figures, measure, plot, results
-from experiments.train import objective
+from experiments import figures, measure, models, plot, report, store
 
 PROBES = ("rademacher", "gaussian")
 LAYERWISE, JOINT, GGN = "Hess, a layer at a time", "Hess, all layers at once", "G, all layers at once"
@@ -25,21 +24,17 @@ LAYERWISE, JOINT, GGN = "Hess, a layer at a time", "Hess, all layers at once", "
 
 @dataclasses.dataclass(frozen=True)
 class Config(figures.Config):
-    """What to train as in `figures.Config`, and what to compare.
+    """What to train and what to compare.
 
     Attributes:
-      model: name of the net.
-      dataset: name of the data set.
-      probes: probes from which the deviation of a single one is taken.
-      images: numbers of images.
+      probes: number of probes, from which the standard deviation of one is estimated.
+      images: numbers of images that G is measured at.
       subsets: sets of each number of images, drawn from the training images.
-      steps: numbers of Lanczos steps, of one start vector.
+      steps: numbers of Lanczos steps, with one start vector.
       draws: numbers of start vectors, with the largest number of steps.
-      repeats: spectra for each number of steps and of draws.
+      repeats: number of spectra for each number of steps and of draws.
     """
 
-    model: str = "lenet"
-    dataset: str = "mnist"
     probes: int = 128
     images: tuple[int, ...] = (10, 30, 100, 300)
     subsets: int = 8
@@ -52,7 +47,7 @@ def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> N
     """Trains (or finds) the net, measures, and saves the numbers."""
     dataset = figures.load(config, config.dataset, data_dir)
     model, trained = figures.net(config, config.model, dataset, out_dir)
-    loss, params = objective(model), trained.params
+    loss, params = models.objective(model), trained.params
     batch = measure.measure_batch(dataset, config.images_per_class, trained.batch_stats)
     layers = figures.shown(config, model, params, batch)
     keys = jax.random.split(jax.random.key(config.seed), 2)
@@ -63,7 +58,7 @@ def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> N
         "images": _by_images(config, loss, params, dataset, trained.batch_stats, layers),
         "lanczos": _by_lanczos(config, loss, params, batch, exact["total"], keys[1]),
     }
-    results.save_json(out_dir / "numbers.json", numbers)
+    store.save_json(out_dir / "numbers.json", numbers)
 
 
 def _exact(loss, params, batch, layers):
@@ -144,21 +139,16 @@ def _by_lanczos(config, loss, params, batch, exact, key):
 
 
 def _seconds(call: Callable) -> float:
-    """Of a call that was made once before: the median of five."""
-    jax.block_until_ready(call())
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
+    """The median of five calls after a first one, which compiles."""
+    timer = partial(report.seconds, call, jax.block_until_ready)
+    return float(np.median(report.in_turn({"call": timer}, 6)["call"][1:]))
 
 
-def draw(out_dir: pathlib.Path) -> None:
+def draw(config: Config, out_dir: pathlib.Path) -> None:
     """Draws the curves from the saved numbers, and prints what a precision of 5% costs."""
-    config, numbers = results.load_json(out_dir / "config.json"), results.load_json(out_dir / "numbers.json")
+    numbers = store.load_json(out_dir / "numbers.json")
     count = numbers["images_measured"]
-    print(f"{figures.about(config, config['model'], config['dataset'])}, {count} training images")
+    print(f"{figures.about(config, config.model, config.dataset)}, {count} training images")
     layers = list(numbers["probes"][GGN]["rademacher"])
     print("standard deviation of one probe, as a share of the trace:")
     lines = [["", "probe", "gradients", *layers, "probes for 5% of total", "gradients"]]
@@ -168,20 +158,20 @@ def draw(out_dir: pathlib.Path) -> None:
             cells = [f"{record[probe][layer]:.3f}" for layer in layers]
             cost = record["gradients"]
             lines.append([name, probe, f"{cost:.2f}", *cells, f"{needed}", f"{needed * cost:.0f}"])
-    arms.print_columns(lines)
+    report.print_columns(lines)
     for metric, words in (("trace", "Tr G"), ("lambda_max", "lambda_max(G)")):
-        print(f"{words} of {config['subsets']} sets of images:")
+        print(f"{words} of {config.subsets} sets of images:")
         rows = [
-            [images, *(arms.spread(record[metric][k], ".4g") for k in layers)]
+            [images, *(report.spread(record[metric][k], ".4g") for k in layers)]
             for images, record in numbers["images"].items()
         ]
-        arms.print_columns([["images", *layers], *rows])
+        report.print_columns([["images", *layers], *rows])
     for way, records in numbers["lanczos"].items():
         for how_many, record in records.items():
             errors = ", ".join(f"{metric} {np.mean(values):.2g}" for metric, values in record.items())
             print(f"{how_many:>4} {way}: mean relative error of the whole G: {errors}")
-    title = f"{figures.about(config, config['model'], config['dataset'])}, {count} training images"
-    plot.save(plot.precision(_panels(numbers, layers, config["probes"]), title), out_dir / "figure.png")
+    title = f"{figures.about(config, config.model, config.dataset)}, {count} training images"
+    plot.save(plot.precision(_panels(numbers, layers, config.probes), title), out_dir / "figure.png")
 
 
 def _panels(numbers, layers, most):

@@ -10,15 +10,14 @@ n / f_r.
 from __future__ import annotations
 
 import dataclasses
-import os
 import pathlib
-import platform
-import time
+from functools import partial
+from typing import Literal
 
 import jax
 import numpy as np
 
-from experiments import arms, models, plot, results
+from experiments import arms, data, models, plot, report, store
 from experiments.measure import progress_bar
 from experiments.train import Stepper, TrainConfig
 
@@ -38,19 +37,19 @@ class Config:
     Attributes:
       model: name of the net.
       dataset: name of the data set.
-      preset: as for `arms.Config`.
-      intervals: the f_r.
-      curvatures: of the penalty.
-      num_probes: n; 0 for the preset's.
-      steps: steps of a round; the largest f_r if 0, so that the penalties of a round are those of as many steps.
-      repeats: rounds.
+      preset: "released", the settings of the released scripts, or "paper", those of the paper's text.
+      intervals: steps from one penalty to the next (f_r).
+      curvatures: curvatures that are penalised, of "hessian" and "ggn".
+      num_probes: probes of each penalty (n); 0 for the preset's.
+      steps: steps of a round; 0 for the largest interval, so that each interval has its share of penalties.
+      repeats: rounds of timing, of which the medians are shown.
     """
 
-    model: str = "lenet"
-    dataset: str = "mnist"
-    preset: str = "released"
+    model: models.Name = "lenet"
+    dataset: data.Name = "mnist"
+    preset: arms.Preset = "released"
     intervals: tuple[int, ...] = (1, 25, 50, 100, 200)
-    curvatures: tuple[str, ...] = ("hessian", "ggn")
+    curvatures: tuple[Literal["hessian", "ggn"], ...] = ("hessian", "ggn")
     num_probes: int = 0
     steps: int = 0
     repeats: int = 3
@@ -67,45 +66,45 @@ def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> N
         for every in config.intervals:
             changed = arms.training(common, "htr", 0, **changes, every=every, curvature=curvature)
             settings[f"{curvature} {every}"] = changed
-    times = {name: [] for name in settings}
-    with progress_bar("compiling and timing") as report:
+    with progress_bar("compiling and timing") as progress:
         total, done = len(settings) * (config.repeats + 1), 0
-        steppers = {}
-        for name, setting in settings.items():
-            steppers[name] = Stepper(model, dataset, setting)
-            jax.block_until_ready(steppers[name].advance(steps))
-            report(done := done + 1, total)
-        for _ in range(config.repeats):
-            for name, stepper in steppers.items():
-                start = time.perf_counter()
-                jax.block_until_ready(stepper.advance(steps))
-                times[name].append(time.perf_counter() - start)
-                report(done := done + 1, total)
+
+        def one_more():
+            nonlocal done
+            progress(done := done + 1, total)
+
+        steppers = {name: Stepper(model, dataset, setting) for name, setting in settings.items()}
+        timers = {
+            name: partial(report.seconds, partial(stepper.advance, steps), jax.block_until_ready)
+            for name, stepper in steppers.items()
+        }
+        report.in_turn(timers, 1, one_more)  # compiles
+        times = report.in_turn(timers, config.repeats, one_more)
     epoch = len(dataset.train["label"]) // settings["SGD"].batch_size
     numbers = {
-        "machine": f"{os.cpu_count()} {platform.machine()} cores, {jax.default_backend()}, jax {jax.__version__}",
+        "machine": report.machine(jax.default_backend(), jax.__version__),
         "num_probes": next((s.penalty.num_probes for s in settings.values() if s.penalty), 0),
         "seconds_per_epoch": {name: (np.array(values) * epoch / steps).tolist() for name, values in times.items()},
     }
-    results.save_json(out_dir / "numbers.json", numbers)
+    store.save_json(out_dir / "numbers.json", numbers)
 
 
-def draw(out_dir: pathlib.Path) -> None:
+def draw(config: Config, out_dir: pathlib.Path) -> None:
     """Prints the table from the saved numbers."""
-    config, numbers = results.load_json(out_dir / "config.json"), results.load_json(out_dir / "numbers.json")
+    numbers = store.load_json(out_dir / "numbers.json")
     seconds = numbers["seconds_per_epoch"]
     print(
-        f"{plot.label(config['model'])} on {plot.label(config['dataset'])}, {numbers['num_probes']} probes; "
+        f"{plot.label(config.model)} on {plot.label(config.dataset)}, {numbers['num_probes']} probes; "
         f"an epoch of SGD takes {np.median(seconds['SGD']):.2f} s; {numbers['machine']}"
     )
-    paper = dict(zip((25, 50, 100, 200), PAPER.get((config["model"], config["dataset"]), ()), strict=False))
-    print(f"{'f_r':>5}  " + "  ".join(f"{kind:>14}" for kind in config["curvatures"]) + f"  {'paper':>6}")
-    for every in config["intervals"]:
-        ratios = [np.divide(seconds[f"{kind} {every}"], seconds["SGD"]) for kind in config["curvatures"]]
+    paper = dict(zip((25, 50, 100, 200), PAPER.get((config.model, config.dataset), ()), strict=False))
+    print(f"{'f_r':>5}  " + "  ".join(f"{kind:>14}" for kind in config.curvatures) + f"  {'paper':>6}")
+    for every in config.intervals:
+        ratios = [report.ratio(seconds[f"{kind} {every}"], seconds["SGD"]) for kind in config.curvatures]
         cells = "  ".join(f"{np.median(r):5.2f} ({r.min():.2f}-{r.max():.2f})".rjust(14) for r in ratios)
         print(f"{every:5}  {cells}  {paper.get(every, '-'):>6}")
-    middle = 50 if 50 in config["intervals"] else config["intervals"][0]
-    for kind in config["curvatures"]:
-        ratio = float(np.median(np.divide(seconds[f"{kind} {middle}"], seconds["SGD"])))
+    middle = 50 if 50 in config.intervals else config.intervals[0]
+    for kind in config.curvatures:
+        ratio = float(np.median(report.ratio(seconds[f"{kind} {middle}"], seconds["SGD"])))
         words = f"the paper has {paper[middle]}" if middle in paper else "the paper has no number"
         print(f"{kind}: HTR at f_r = {middle} takes {ratio:.2f} times as long as SGD; {words}")

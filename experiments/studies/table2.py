@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import pathlib
 
-from experiments import arms
-from experiments.arms import Claim, Config
+from experiments import tables
+from experiments.arms import Config
+from experiments.report import Claim
 
 __all__ = ["Config", "draw", "run"]
 
@@ -25,9 +26,9 @@ CLAIMS = (
 
 def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> None:
     """Trains (or finds) the nets of all arms, measures them and saves the numbers."""
-    arms.run_table(config, ARMS, out_dir, data_dir)
+    tables.run_table(config, ARMS, out_dir, data_dir)
 
 
-def draw(out_dir: pathlib.Path) -> None:
+def draw(config: Config, out_dir: pathlib.Path) -> None:
     """Prints the table from the saved numbers."""
-    arms.print_table(out_dir, CLAIMS)
+    tables.print_table(config, out_dir, CLAIMS)

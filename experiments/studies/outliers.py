@@ -16,22 +16,23 @@ import jax
 import numpy as np
 
 import jaxhess as jh
-from experiments import arms, figures, measure, results
+from experiments import data, figures, measure, models, report, store
+from jaxhess import plot
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(figures.Config):
-    """What to train as in `figures.Config`, and what to measure.
+    """What to train and what to measure.
 
     Attributes:
       model: name of the net.
-      dataset: names of data sets, each with the feature that has the labels behind a colon if that is not ``label``.
-      trials: trainings of each, with seeds ``seed``, ``seed`` + 1, ...
+      dataset: names of data sets; a colon and the feature with the labels may follow, as in cifar100:coarse_label.
+      trials: trainings of each net, with the seeds seed, seed + 1, ...
       steps_per_class: Lanczos steps for each class, where the Gram matrix is too large; at least 128 steps.
     """
 
-    model: str = "vgg11_bn"
-    dataset: tuple[str, ...] = ("cifar10", "cifar100:coarse_label", "cifar100")
+    model: models.Name = "vgg11_bn"
+    dataset: data.Names = ("cifar10", "cifar100:coarse_label", "cifar100")
     trials: int = 1
     steps_per_class: int = 3
 
@@ -58,34 +59,34 @@ def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> N
             arrays |= measure.pack(found, f"{name}/{trial}")
             for layer, spectrum in found.items():
                 record["outliers"].setdefault(layer, []).append(jh.count_outliers(spectrum))
-    results.save_arrays(out_dir / "numbers.npz", arrays)
-    results.save_json(out_dir / "numbers.json", numbers)
+    store.save_arrays(out_dir / "numbers.npz", arrays)
+    store.save_json(out_dir / "numbers.json", numbers)
 
 
-def draw(out_dir: pathlib.Path) -> None:
+def draw(config: Config, out_dir: pathlib.Path) -> None:
     """Prints the table from the saved numbers."""
-    config, numbers = results.load_json(out_dir / "config.json"), results.load_json(out_dir / "numbers.json")
-    arrays = results.load_arrays(out_dir / "numbers.npz")
-    print(f"outliers of G_l, {config['images_per_class']} training images of each class, and the largest gap near C")
+    numbers = store.load_json(out_dir / "numbers.json")
+    arrays = store.load_arrays(out_dir / "numbers.npz")
+    print(f"outliers of G_l, {config.images_per_class} training images of each class, and the largest gap near C")
     columns = []
     for name, record in numbers.items():
         classes = record["num_classes"]
-        found = [measure.unpack(arrays, f"{name}/{trial}") for trial in range(config["trials"])]
-        columns.append([f"C = {classes}", *(arms.spread(counts, ".3g") for counts in record["outliers"].values())])
+        found = [measure.unpack(arrays, f"{name}/{trial}") for trial in range(config.trials)]
+        columns.append([f"C = {classes}", *(report.spread(counts, ".3g") for counts in record["outliers"].values())])
         columns.append(["gap", *(", ".join(gap_near(spec[layer], classes) for spec in found) for layer in found[0])])
     layers = ["layer", *next(iter(numbers.values()))["outliers"]]
     lines = [list(line) for line in zip(layers, *columns, strict=True)]
-    arms.print_columns(lines)
+    report.print_columns(lines)
     for name, record in numbers.items():
-        words = figures.about(config, config["model"], name)
-        print(f"{words}: test error {arms.spread([100 * e for e in record['test_error']], '.2f')} %")
+        words = figures.about(config, config.model, name)
+        print(f"{words}: test error {report.percent(record['test_error'])} %")
 
 
 def gap_near(spectrum: jh.Spectrum, classes: int) -> str:
-    """The largest ratio l_k / l_{k+1} for k from C/2 to 2C, in words: "1.80 at 10"; of Ritz values that converged."""
+    """The largest ratio l_k / l_{k+1} for k from C/2 to 2C, in words: "1.80 at 10"; of eigenvalues that are known."""
     values = spectrum.nodes[::-1]
-    apart = (values > 0) & (spectrum.residuals[::-1] < 0.05 * values)
-    values = values[: len(values) if apart.all() else int(np.argmin(apart))]
+    known = (values > 0) & plot.converged(spectrum)[::-1]
+    values = values[: len(values) if known.all() else int(np.argmin(known))]
     ratios = (values[:-1] / values[1:])[classes // 2 - 1 : 2 * classes]
     if not len(ratios):
         return "-"

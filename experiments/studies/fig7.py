@@ -14,38 +14,38 @@ import pathlib
 
 import numpy as np
 
-from experiments import arms, plot, results
+from experiments import arms, data, plot, report, store, tables
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(arms.Config):
-    """As `arms.Config`; the traces are those of G_l, on ``images_per_class`` images with ``num_probes`` probes."""
+    """Which net on which data set, how often, and how the traces of G_l are measured after each epoch."""
 
-    dataset: str = "fashion_mnist"
+    dataset: data.Name = "fashion_mnist"
     trials: int = 3
 
 
 def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> None:
     """Trains (or finds) the nets, measuring after each epoch, and saves the numbers."""
-    arms.run_sweep(config, {"CE": None, "CE + HTR": {}}, out_dir, data_dir, traces=True)
+    tables.run_sweep(config, {"CE": None, "CE + HTR": {}}, out_dir, data_dir, traces=True)
 
 
-def draw(out_dir: pathlib.Path) -> None:
+def draw(config: Config, out_dir: pathlib.Path) -> None:
     """Draws the figure from the saved numbers, and says what they show."""
-    config, numbers = results.load_json(out_dir / "config.json"), results.load_json(out_dir / "numbers.json")
+    numbers = store.load_json(out_dir / "numbers.json")
     panels = {
         "training accuracy": {name: metrics["train_accuracy"] for name, metrics in numbers.items()},
         r"$\sum_l$ Tr(Hess$_l$)": {name: metrics["trace/total"] for name, metrics in numbers.items()},
     }
-    plot.save(plot.over_epochs(panels, arms.title(config)), out_dir / "figure.png")
+    plot.save(plot.over_epochs(panels, tables.title(config)), out_dir / "figure.png")
     last = {name: [values[-1] for values in metrics["trace/total"]] for name, metrics in numbers.items()}
     for name, values in last.items():
-        accuracy = [100 * trial[-1] for trial in numbers[name]["train_accuracy"]]
-        print(f"{name}: training accuracy {arms.spread(accuracy, '.2f')} %, sum of traces {arms.spread(values, '.4g')}")
+        accuracy = report.percent([trial[-1] for trial in numbers[name]["train_accuracy"]])
+        print(f"{name}: training accuracy {accuracy} %, sum of traces {report.spread(values, '.4g')}")
     for name, metrics in numbers.items():
         traces, accuracy, error = (
             np.mean(metrics[metric], 0) for metric in ("trace/total", "train_accuracy", "test_error")
         )
         where = f"over {len(error)} epochs"
-        print(f"{name}: {arms.rank_correlation(traces[-len(error) :], accuracy - 1 + error, where)}")
-    print(arms.judge(arms.Claim("CE + HTR", "CE", "HTR lowers the sum of traces at the end", "trace"), last))
+        print(f"{name}: {report.rank_correlation(traces[-len(error) :], accuracy - 1 + error, where)}")
+    print(report.judge(report.Claim("CE + HTR", "CE", "HTR lowers the sum of traces at the end", "trace"), last))

@@ -11,32 +11,29 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from typing import Literal
 
 import numpy as np
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
 
 import jaxhess as jh
-from experiments import figures, measure, plot, results
+from experiments import figures, measure, models, plot, store
 
 PARTS = ("class", "cross_class", "within_class", "same_class")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(figures.Config):
-    """What to train as in `figures.Config`.
+    """What to train, and how it is drawn.
 
     Attributes:
-      model: name of the net.
-      dataset: name of the data set.
-      weighting: of the examples, "p" or "legacy_sqrt_p", see `jaxhess.class_structure`.
-      perplexity: of t-SNE.
+      weighting: weights of the examples, "p" or "legacy_sqrt_p", as for jaxhess.class_structure.
+      perplexity: perplexity of t-SNE.
       shuffles: random orders of the classes that the silhouette is compared with.
     """
 
-    model: str = "lenet"
-    dataset: str = "mnist"
-    weighting: str = "p"
+    weighting: Literal["p", "legacy_sqrt_p"] = "p"
     perplexity: float = 15.0
     shuffles: int = 100
 
@@ -46,15 +43,15 @@ def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> N
     dataset = figures.load(config, config.dataset, data_dir)
     model, trained = figures.net(config, config.model, dataset, out_dir)
     batch = measure.measure_batch(dataset, config.images_per_class, trained.batch_stats)
-    with measure.progress_bar("rows of the Gram matrix") as report:
+    with measure.progress_bar("rows of the Gram matrix") as progress:
         found = jh.layer_class_structures(
-            measure.objective(model),
+            models.objective(model),
             trained.params,
             batch,
             dataset.num_classes,
             weighting=config.weighting,
             max_bytes=measure.GRAM_BYTES,
-            progress=report,
+            progress=progress,
         )
     arrays, numbers = {}, {}
     for layer in [*figures.shown(config, model, trained.params, batch), "total"]:
@@ -65,9 +62,9 @@ def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> N
             "traces": found[layer].traces,
             "largest": {part: values[:1].tolist() for part, values in found[layer].eigenvalues.items()},
         }
-    results.save_arrays(out_dir / "numbers.npz", arrays)
+    store.save_arrays(out_dir / "numbers.npz", arrays)
     about = {"test_error": float(trained.history["test_error"][-1]), "num_classes": dataset.num_classes}
-    results.save_json(out_dir / "numbers.json", about | {"layers": numbers})
+    store.save_json(out_dir / "numbers.json", about | {"layers": numbers})
 
 
 def vectors(structure: jh.ClassStructure) -> np.ndarray:
@@ -85,9 +82,9 @@ def silhouettes(points: np.ndarray, classes: int, shuffles: int, seed: int) -> d
     return {name: float(value) for name, value in found.items()}
 
 
-def draw(out_dir: pathlib.Path) -> None:
+def draw(config: Config, out_dir: pathlib.Path) -> None:
     """Draws the figure from the saved numbers, and prints the silhouettes and the parts."""
-    config, numbers = results.load_json(out_dir / "config.json"), results.load_json(out_dir / "numbers.json")
+    numbers = store.load_json(out_dir / "numbers.json")
     layers = numbers["layers"]
     print(f"{'':{max(map(len, layers))}}  silhouette  shuffled (max)   share of Tr G: " + ", ".join(PARTS))
     for layer, record in layers.items():
@@ -96,9 +93,9 @@ def draw(out_dir: pathlib.Path) -> None:
             f"{layer:{max(map(len, layers))}}  {record['silhouette']:10.3f}  {record['shuffled']:.3f} "
             f"({record['shuffled_max']:.3f})   {shares}"
         )
-    arrays = results.load_arrays(out_dir / "numbers.npz")
+    arrays = store.load_arrays(out_dir / "numbers.npz")
     title = (
-        f"{figures.about(config, config['model'], config['dataset'])}, test error {numbers['test_error']:.1%}: "
+        f"{figures.about(config, config.model, config.dataset)}, test error {numbers['test_error']:.1%}: "
         f"t-SNE of $\\delta_{{c,c'}}$ (dots) and $\\delta_c$ (crosses)"
     )
     panels = {layer: (arrays[f"{layer}/embedded"], record["silhouette"]) for layer, record in layers.items()}

@@ -15,33 +15,30 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import time
+from typing import Literal
 
 import jax
 import numpy as np
 
 import jaxhess as jh
-from experiments import figures, measure, plot, results
+from experiments import figures, measure, models, plot, store
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(figures.Config):
-    """What to train as in `figures.Config`, and what to measure.
+    """What to train and what to measure.
 
     Attributes:
-      model: name of the net.
-      dataset: name of the data set.
       num_steps: Lanczos steps of each spectrum.
       num_probes: probes of each trace.
       chunk_size: probes at a time; for large nets fewer, whose activations fit in memory.
       curvatures: spectra to draw, of "hessian", "ggn" and "functional".
     """
 
-    model: str = "lenet"
-    dataset: str = "mnist"
     num_steps: int = 128
     num_probes: int = 64
     chunk_size: int = 8
-    curvatures: tuple[str, ...] = ("hessian", "ggn")
+    curvatures: tuple[Literal["hessian", "ggn", "functional"], ...] = ("hessian", "ggn")
 
 
 def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> None:
@@ -54,9 +51,9 @@ def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> N
     start = time.perf_counter()
     batch = measure.measure_batch(dataset, config.images_per_class, trained.batch_stats)
     key, layers = jax.random.key(config.seed), figures.shown(config, model, trained.params, batch)
-    with measure.progress_bar("summary") as report:
+    with measure.progress_bar("summary") as progress:
         table = jh.summarize(
-            measure.objective(model),
+            models.objective(model),
             trained.params,
             batch,
             key=key,
@@ -66,7 +63,7 @@ def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> N
             method=config.method,
             max_bytes=measure.GRAM_BYTES,
             layers=layers,
-            progress=report,
+            progress=progress,
         )
     others = tuple(kind for kind in config.curvatures if kind != "hessian")
     spectra = {"hessian": table.spectra} | measure.spectra(
@@ -82,8 +79,8 @@ def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> N
     seconds = time.perf_counter() - start
 
     arrays = {name: array for kind in spectra for name, array in measure.pack(spectra[kind], kind).items()}
-    results.save_arrays(out_dir / "numbers.npz", arrays)
-    results.save_json(
+    store.save_arrays(out_dir / "numbers.npz", arrays)
+    store.save_json(
         out_dir / "numbers.json",
         {
             "test_accuracy": accuracy,
@@ -97,19 +94,19 @@ def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> N
     )
 
 
-def draw(out_dir: pathlib.Path) -> None:
+def draw(config: Config, out_dir: pathlib.Path) -> None:
     """Draws the figure from the saved numbers, and prints the table."""
-    config, numbers = results.load_json(out_dir / "config.json"), results.load_json(out_dir / "numbers.json")
+    numbers = store.load_json(out_dir / "numbers.json")
     if "table" in numbers:
         print(f"curvature at {numbers['images']} training images, measured in {numbers['seconds_measuring']:.0f} s:")
         print(*numbers["table"], sep="\n")
-    arrays = results.load_arrays(out_dir / "numbers.npz")
-    spectra = {kind: measure.unpack(arrays, kind) for kind in config["curvatures"]}
+    arrays = store.load_arrays(out_dir / "numbers.npz")
+    spectra = {kind: measure.unpack(arrays, kind) for kind in config.curvatures}
     words = {kind: figures.how(config) for kind in spectra}
     if "ggn" in spectra and all(np.ptp(found.residuals) == 0 for found in spectra["ggn"].values()):
         words["ggn"] = "exact"  # Ritz values would have residuals of their own each
     title = (
-        f"{figures.about(config, config['model'], config['dataset'])}, test accuracy {numbers['test_accuracy']:.1%}; "
+        f"{figures.about(config, config.model, config.dataset)}, test accuracy {numbers['test_accuracy']:.1%}; "
         f"spectra at {numbers['images']} training images\n"
         + "; ".join(f"{plot.label(kind)}: {how}" for kind, how in words.items())
     )

@@ -17,24 +17,19 @@ import jax
 import numpy as np
 
 import jaxhess as jh
-from experiments import arms, figures, measure, plot, results
-from experiments.train import objective
+from experiments import figures, measure, models, plot, report, store
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(figures.Config):
-    """What to train as in `figures.Config`, and what to measure; ``method`` and ``norm_layers`` play no part.
+    """What to train and what to measure; ``method`` and ``norm_layers`` play no part.
 
     Attributes:
-      model: name of the net.
-      dataset: name of the data set.
       num_steps: Lanczos steps of the Hessian of the net.
       num_probes: probes of the traces of all G_l.
       images_at_once: training images in a batch.
     """
 
-    model: str = "lenet"
-    dataset: str = "mnist"
     num_steps: int = 128
     num_probes: int = 16
     images_at_once: int = 500
@@ -48,14 +43,14 @@ def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> N
     every = measure.InBatches(dataset, config.images_at_once, trained.batch_stats)
     batches = {len(few["label"]): few, len(dataset.train["label"]): jh.Batches(every, size=lambda b: len(b["label"]))}
 
-    loss, params, keys = objective(model), trained.params, jax.random.split(jax.random.key(config.seed))
+    loss, params, keys = models.objective(model), trained.params, jax.random.split(jax.random.key(config.seed))
     numbers: dict[str, dict] = {}
     arrays: dict[str, np.ndarray] = {}
     for images, batch in batches.items():
         hessian = jh.hessian(loss, params, batch)
         start = time.perf_counter()
-        with measure.progress_bar(f"spectrum, {images} images") as report:
-            found = jh.spectrum(hessian, like=params, key=keys[0], num_steps=config.num_steps, progress=report)
+        with measure.progress_bar(f"spectrum, {images} images") as progress:
+            found = jh.spectrum(hessian, like=params, key=keys[0], num_steps=config.num_steps, progress=progress)
         seconds = time.perf_counter() - start
         traces = jh.layer_traces(loss, params, batch, key=keys[1], num_probes=config.num_probes, curvature="ggn")
         numbers[str(images)] = {
@@ -66,15 +61,15 @@ def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> N
             "seconds_of_lanczos": seconds,
         }
         arrays |= measure.pack({"total": found}, str(images))
-    results.save_arrays(out_dir / "numbers.npz", arrays)
+    store.save_arrays(out_dir / "numbers.npz", arrays)
     accuracy = 1 - float(trained.history["test_error"][-1])
-    results.save_json(out_dir / "numbers.json", {"test_accuracy": accuracy, "images": numbers})
+    store.save_json(out_dir / "numbers.json", {"test_accuracy": accuracy, "images": numbers})
 
 
-def draw(out_dir: pathlib.Path) -> None:
+def draw(config: Config, out_dir: pathlib.Path) -> None:
     """Prints the table and draws both densities from the saved numbers."""
-    config, numbers = results.load_json(out_dir / "config.json"), results.load_json(out_dir / "numbers.json")
-    about = f"{figures.about(config, config['model'], config['dataset'])}, test accuracy {numbers['test_accuracy']:.1%}"
+    numbers = store.load_json(out_dir / "numbers.json")
+    about = f"{figures.about(config, config.model, config.dataset)}, test accuracy {numbers['test_accuracy']:.1%}"
     records = {f"{int(images):,} images": record for images, record in numbers["images"].items()}
     print(about)
     lines = [["", *records]]
@@ -84,12 +79,12 @@ def draw(out_dir: pathlib.Path) -> None:
     for layer in next(iter(records.values()))["traces"]:
         lines.append([f"Tr G, {layer}", *("{:.4g} +- {:.2g}".format(*r["traces"][layer]) for r in records.values())])
     lines.append(
-        [f"{config['num_steps']} Lanczos steps, s", *(f"{r['seconds_of_lanczos']:.1f}" for r in records.values())]
+        [f"{config.num_steps} Lanczos steps, s", *(f"{r['seconds_of_lanczos']:.1f}" for r in records.values())]
     )
-    arms.print_columns(lines)
-    arrays = results.load_arrays(out_dir / "numbers.npz")
+    report.print_columns(lines)
+    arrays = store.load_arrays(out_dir / "numbers.npz")
     spectra = {
         words: measure.unpack(arrays, images)["total"] for images, words in zip(numbers["images"], records, strict=True)
     }
-    title = f"{about}:\nHessian of the net over few and over all training images, {config['num_steps']} Lanczos steps"
+    title = f"{about}:\nHessian of the net over few and over all training images, {config.num_steps} Lanczos steps"
     plot.save(plot.log_densities({"hessian": spectra}, title), out_dir / "figure.png")

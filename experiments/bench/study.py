@@ -1,4 +1,4 @@
-"""Times every product and estimator, as milliseconds and as ratios to one gradient of the same net and batch.
+"""Time and memory of every product and estimator; one gradient of the same net and batch is the unit.
 
     python -m experiments.run bench model=lenet batch_size=64
     python -m experiments.run bench model=resnet18 batch_size=32 one_program=false peers=true
@@ -7,7 +7,7 @@ About 3 minutes for LeNet on two CPU cores with the peers. All rows are timed in
 rounds, so that what slows the machine slows them all; the medians over rounds are printed, of ratios those within a
 round. With the package ``matfree`` installed its Lanczos runs beside ours, on the same compiled product. With
 ``peers=true`` PyHessian, curvlinops and plain PyTorch do the same work in the same rounds, in an environment of their
-own that is made beside the folders of the results.
+own that is made beside the folder of the results.
 """
 
 from __future__ import annotations
@@ -15,10 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
-import os
 import pathlib
-import platform
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -28,10 +25,12 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 import jaxhess as jh
-from experiments import arms, measure, models, peers, results
+from experiments import measure, models, report, store
+from experiments.bench import peers
+from experiments.bench.memory import timed_peak
 from experiments.data import Dataset
-from experiments.memory import timed_peak
-from experiments.train import Penalty, Stepper, TrainConfig, objective
+from experiments.recipe import Penalty, TrainConfig
+from experiments.train import Stepper
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,19 +40,20 @@ class Config:
     Attributes:
       model: name of the net.
       batch_size: images in the batch; random, since the time does not depend on them.
-      repeats: rounds.
-      patience: seconds; rows that take longer are timed once, in the first round, while their memory is measured.
-      num_probes: probes at once, for the traces.
+      repeats: rounds of timing, of which the medians are shown.
+      patience: seconds; a row that takes longer is timed once, while its memory is measured.
+      num_probes: probes of the traces, all at once.
       num_steps: Lanczos steps.
-      penalty_probes: n of the penalty in the training steps.
-      lanczos: also Lanczos and the spectra through the Gram matrix, which for large nets take most of the time.
-      one_program: also Lanczos inside one program, ours and matfree's where it is installed; on CPUs convolutions
-        are slow there.
-      peers: also the work of the peers in PyTorch.
-      peers_python: interpreter of an environment with the packages of experiments/peers.txt; made where there is none.
+      penalty_probes: probes of the penalty in the training steps.
+      lanczos: time Lanczos and the spectra by the Gram matrix too, which take most of the time for large nets.
+      one_program: time Lanczos inside one program too, ours, and that of matfree where it is installed; convolutions
+        are slow there on CPUs.
+      peers: time the same work in PyTorch too, by PyHessian, curvlinops and plain double backward.
+      peers_python: interpreter of an environment with the packages of experiments/bench/peers.txt; by default one is
+        made beside the results.
     """
 
-    model: str = "lenet"
+    model: models.Name = "lenet"
     batch_size: int = 64
     repeats: int = 5
     patience: float = 20.0
@@ -63,7 +63,7 @@ class Config:
     lanczos: bool = True
     one_program: bool = True
     peers: bool = False
-    peers_python: str = ""
+    peers_python: str = dataclasses.field(default="", metadata={"kept": False})  # of this machine alone
 
 
 INTERVALS = (1, 25, 50, 100, 200)
@@ -77,62 +77,61 @@ def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> N
     """Times all rows, and saves the seconds of every round."""
     rows = make_rows(config)
     with contextlib.ExitStack() as stack:
-        timers = {name: partial(_seconds, call) for name, (call, _) in rows.items()}
-        timers = {name: (timer, partial(timed_peak, timer)) for name, timer in timers.items()}
+        timers = {name: partial(report.seconds, call, jax.block_until_ready) for name, (call, _) in rows.items()}
+        peaks = {name: partial(timed_peak, timer) for name, timer in timers.items()}
         if config.peers:
             python = config.peers_python or peers.environment(out_dir.parent / ".peers")
             others = peers.Peers(python, config.model, config.batch_size, config.num_steps * config.lanczos)
             stack.callback(others.close)
-            timers |= {
-                name: tuple(partial(others.ask, what, name) for what in ("time", "memory")) for name in others.names
-            }
-        report = stack.enter_context(measure.progress_bar("compiling and timing"))
-        total, done = len(timers) * (config.repeats + 2), 0
-
-        def called(function):
-            nonlocal done
-            value = function()
-            report(done := done + 1, total)
-            return value
-
-        first = {name: called(timer) for name, (timer, _) in timers.items()}
-        peaks = {name: called(peak) for name, (_, peak) in timers.items()}
-        slow = {name for name, (_, seconds) in peaks.items() if seconds > config.patience}
-        times = {name: [peaks[name][1]] + [None] * (config.repeats - 1) if name in slow else [] for name in timers}
-        for _ in range(config.repeats):
-            for name in timers:
-                if name not in slow:
-                    times[name].append(called(timers[name][0]))
+            timers |= {name: partial(others.ask, "time", name) for name in others.names}
+            peaks |= {name: partial(others.ask, "memory", name) for name in others.names}
+        progress = stack.enter_context(measure.progress_bar("compiling and timing"))
+        first, peak, times = _in_rounds(config, timers, peaks, progress)
     numbers = {
-        "machine": f"{os.cpu_count()} {platform.machine()} cores, {jax.default_backend()}, jax {jax.__version__}",
+        "machine": report.machine(jax.default_backend(), jax.__version__),
         "layers": len(_problem(config)[3]),
         "rows": {
             name: {
                 "seconds": times[name],
                 "per": rows[name][1] if name in rows else 1,
                 "first_call_s": first[name],
-                "peak_mib": peaks[name][0],
+                "peak_mib": peak[name],
             }
             for name in timers
         },
     }
-    results.save_json(out_dir / "numbers.json", numbers)
+    store.save_json(out_dir / "numbers.json", numbers)
 
 
-def draw(out_dir: pathlib.Path) -> None:
+def _in_rounds(config, timers, peaks, progress):
+    """Seconds of the first calls, peaks in MiB, and the seconds of all rounds; a slow row has those of the first."""
+    total, done = len(timers) * (config.repeats + 2), 0
+
+    def one_more():
+        nonlocal done
+        progress(done := done + 1, total)
+
+    first = report.in_turn(timers, 1, one_more)
+    measured = report.in_turn(peaks, 1, one_more)
+    seconds = {name: of_one[0][1] for name, of_one in measured.items()}
+    quick = {name: timer for name, timer in timers.items() if seconds[name] <= config.patience}
+    times = {name: [seconds[name]] + [None] * (config.repeats - 1) for name in timers}
+    times |= report.in_turn(quick, config.repeats, one_more)
+    return {name: of_one[0] for name, of_one in first.items()}, {n: found[0][0] for n, found in measured.items()}, times
+
+
+def draw(config: Config, out_dir: pathlib.Path) -> None:
     """Prints the tables from the saved numbers."""
-    numbers, config = results.load_json(out_dir / "numbers.json"), results.load_json(out_dir / "config.json")
+    numbers = store.load_json(out_dir / "numbers.json")
     rows = numbers["rows"]
-    print(
-        f"{config['model']}, batch {config['batch_size']}, medians of {config['repeats']} rounds; {numbers['machine']}"
-    )
+    print(f"{config.model}, batch {config.batch_size}, medians of {config.repeats} rounds; {numbers['machine']}")
     lines = [["", "ms", "gradients", "peak MiB", "first call, s"]]
     for name, row in rows.items():
         own = peers.GRADIENT if name.partition(":")[0] in ("torch", "PyHessian", "curvlinops") else "gradient"
         ms = 1e3 * np.median([t for t in row["seconds"] if t is not None]) / row["per"]
         peak = "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
         lines.append([name, f"{ms:.2f}", f"{ratio(rows, name, own):.2f}", peak, f"{row['first_call_s']:.1f}"])
-    arms.print_columns(lines)
+    report.print_columns(lines)
 
     print("\nan epoch with the penalty at every f_r-th step, by the two steps, as a ratio to one without:")
     lines = [["", *(f"f_r = {every}" for every in INTERVALS)]]
@@ -140,7 +139,7 @@ def draw(out_dir: pathlib.Path) -> None:
         if name.startswith(f"{STEP},"):
             more = ratio(rows, name, STEP) - 1
             lines.append([name.removeprefix(f"{STEP}, "), *(f"{1 + more / every:.2f}" for every in INTERVALS)])
-    arms.print_columns(lines)
+    report.print_columns(lines)
 
     if compared := comparisons(config, numbers):
         print("\nours and theirs, the ratio of times within a round:")
@@ -148,19 +147,18 @@ def draw(out_dir: pathlib.Path) -> None:
         for ours, theirs, quotient in compared:
             ahead = "ours" if quotient < 1 else theirs.partition(":")[0]
             lines.append([ours, theirs, f"{quotient:.2f}", ahead])
-        arms.print_columns(lines)
+        report.print_columns(lines)
 
 
 def ratio(rows: dict, name: str, other: str) -> float:
     """The median over rounds of the time of a row (for one probe) in times of another."""
-    pairs = zip(rows[name]["seconds"], rows[other]["seconds"], strict=True)
-    quotients = [a / b for a, b in pairs if a is not None and b is not None]
+    quotients = report.ratio(rows[name]["seconds"], rows[other]["seconds"])
     return float(np.median(quotients)) / rows[name]["per"] * rows[other]["per"]
 
 
-def comparisons(config: dict, numbers: dict) -> list[tuple[str, str, float]]:
+def comparisons(config: Config, numbers: dict) -> list[tuple[str, str, float]]:
     """(our row, that of a peer, time of ours / time of theirs) of those that were timed."""
-    rows, steps, probes = numbers["rows"], config["num_steps"], config["num_probes"]
+    rows, steps, probes = numbers["rows"], config.num_steps, config.num_probes
     theirs = peers.LANCZOS.format(steps)
     pairs = [
         ("gradient", peers.GRADIENT),
@@ -193,13 +191,13 @@ def _problem(config):
     if "batch_stats" in variables:
         batch["batch_stats"] = variables["batch_stats"]
     params = variables["params"]
-    return model, params, batch, jh.layer_names(params, objective(model), batch)
+    return model, params, batch, jh.layer_names(params, models.objective(model), batch)
 
 
 def make_rows(config: Config) -> dict[str, tuple[Callable, int]]:
     """{name: (function to time, what its time is divided by)}."""
     model, params, batch, _ = _problem(config)
-    loss, key = objective(model), jax.random.key(1)
+    loss, key = models.objective(model), jax.random.key(1)
 
     gradient = jax.jit(jax.grad(loss))
     hessian, ggn = jh.hessian(loss, params, batch), jh.ggn(loss, params, batch)
@@ -278,9 +276,3 @@ def _matfree_lanczos(operator, start, num_steps):
         return tridiag(lambda v: ravel_pytree(op(unravel(v)))[0], vector / jnp.linalg.norm(vector))
 
     return partial(decompose, operator, flat)
-
-
-def _seconds(function):
-    start = time.perf_counter()
-    jax.block_until_ready(function())
-    return time.perf_counter() - start

@@ -13,7 +13,7 @@ import pathlib
 import numpy as np
 
 import jaxhess as jh
-from experiments import figures, plot, results
+from experiments import figures, plot, store
 from experiments.figures import OverTraining as Config
 
 __all__ = ["Config", "draw", "run"]
@@ -21,9 +21,9 @@ __all__ = ["Config", "draw", "run"]
 run = figures.run_over_training
 
 
-def draw(out_dir: pathlib.Path) -> None:
+def draw(config: Config, out_dir: pathlib.Path) -> None:
     """Draws the figure from the saved numbers, and says which layers come closest."""
-    config, numbers = results.load_json(out_dir / "config.json"), results.load_json(out_dir / "numbers.json")
+    numbers = store.load_json(out_dir / "numbers.json")
     numbers, title = figures.told_apart(config, numbers)
     print(title)
     panels = {}

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 
-from experiments.configs import fig1
+from experiments import data
+from experiments.studies import fig1
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(fig1.Config):
-    """As `fig1.Config`, with other defaults."""
+    """What to train and what to measure."""
 
-    dataset: str = "digits"
+    dataset: data.Name = "digits"
     epochs: int = 8
     batch_size: int = 50
     learning_rate: float = 2e-2

@@ -11,7 +11,7 @@ import pathlib
 
 import numpy as np
 
-from experiments import arms, figures, plot, results
+from experiments import figures, plot, report, store
 from experiments.figures import OverTraining as Config
 
 __all__ = ["Config", "draw", "run"]
@@ -19,9 +19,9 @@ __all__ = ["Config", "draw", "run"]
 run = figures.run_over_training
 
 
-def draw(out_dir: pathlib.Path) -> None:
+def draw(config: Config, out_dir: pathlib.Path) -> None:
     """Draws the figure from the saved numbers, and says what they show."""
-    config, numbers = results.load_json(out_dir / "config.json"), results.load_json(out_dir / "numbers.json")
+    numbers = store.load_json(out_dir / "numbers.json")
     numbers, title = figures.told_apart(config, numbers)
     print(title)
     panels = {
@@ -38,7 +38,7 @@ def draw(out_dir: pathlib.Path) -> None:
         traces = np.mean(record["trace/total"], 0)[-len(measured) :]
         gaps = np.mean(record["gap"], 0)[np.array(measured) - 1]
         if len(measured) > 2:
-            print(f"{name}: {arms.rank_correlation(traces, gaps, f'over {len(measured)} epochs')}")
+            print(f"{name}: {report.rank_correlation(traces, gaps, f'over {len(measured)} epochs')}")
     traces, gaps = ([np.mean(record[key], 0)[-1] for record in numbers.values()] for key in ("trace/total", "gap"))
     if len(numbers) > 2:
-        print(arms.rank_correlation(traces, gaps, f"at the end over {len(numbers)} nets"))
+        print(report.rank_correlation(traces, gaps, f"at the end over {len(numbers)} nets"))

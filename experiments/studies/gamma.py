@@ -12,30 +12,31 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from typing import Literal
 
 import numpy as np
 
-from experiments import arms, data, models, plot, results
-from experiments.arms import Claim
+from experiments import arms, data, models, plot, report, store, tables
+from experiments.report import Claim
 from experiments.train import DivergedError, TrainConfig, evaluate, train_once
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(arms.Config):
-    """As `arms.Config`, with the settings "paper" by default: batch 64 and no augmentation.
+    """Which net on which data set, how often, and which strengths are compared.
 
     Attributes:
-      penalty_probes: probes of the penalty; ``num_probes`` are those of the measured trace.
-      held_out: training images that are held out.
-      gammas: coefficients of the penalty.
-      weight_decays: coefficients of L2 regularisation.
-      radii: rho of sharpness-aware minimisation.
+      penalty_probes: probes of the penalty; num_probes are those of the trace that is measured.
+      held_out: number of training images that are held out, to choose the strengths on.
+      gammas: coefficients of the penalty that are tried.
+      weight_decays: coefficients of L2 regularisation that are tried.
+      radii: radii rho of sharpness-aware minimisation that are tried.
     """
 
-    dataset: str = "fashion_mnist"
-    preset: str = "paper"
+    dataset: data.Name = "fashion_mnist"
+    preset: arms.Preset = "paper"
     trials: int = 3
-    curvature: str = "ggn"
+    curvature: Literal["hessian", "ggn"] = "ggn"
     every: int = 1
     penalty_probes: int = 1
     held_out: int = 5000
@@ -63,7 +64,7 @@ def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> N
 
     def trained(method, strength, seed):
         _, net = train_once(config.model, held_out, _training(config, method, strength, seed), out_dir)
-        record, _ = arms.final(config, held_out, model, net, seed)
+        record, _ = tables.final(config, held_out, model, net, seed)
         record = {name.replace("test_", "held_out_"): value for name, value in record.items()}
         print(f"{method} {strength:g}, seed {seed}: held-out error {record['held_out_error']:.2%}")
         return net, record
@@ -82,7 +83,7 @@ def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> N
             net, record = trained(method, best["strength"], seed)
             record["test_error"] = evaluate(model, net.params, net.batch_stats, dataset, dataset.test)[1]
             best["tested"].append(record)
-    results.save_json(out_dir / "numbers.json", numbers)
+    store.save_json(out_dir / "numbers.json", numbers)
 
 
 def best_of(points: list[dict]) -> dict:
@@ -103,30 +104,30 @@ def _training(config: Config, method: str, strength: float, trial: int) -> Train
     return dataclasses.replace(base, **{{"l2": "weight_decay", "sam": "sam"}[method]: strength})
 
 
-def draw(out_dir: pathlib.Path) -> None:
+def draw(config: Config, out_dir: pathlib.Path) -> None:
     """Draws the curves from the saved numbers, and says what was chosen and how it does on the test images."""
-    config, numbers = results.load_json(out_dir / "config.json"), results.load_json(out_dir / "numbers.json")
+    numbers = store.load_json(out_dir / "numbers.json")
     none = numbers.pop("none")[0]
     panels = {"held_out_error": "held-out error, %", "trace": "Tr(Hess) at the end"}
-    figure = plot.strengths(numbers, none, METHODS, panels, arms.title(config))
+    figure = plot.strengths(numbers, none, METHODS, panels, tables.title(config))
     plot.save(figure, out_dir / "figure.png")
     columns = {
-        "test error %": ("test_error", 100, ".2f"),
-        "train acc. %": ("train_accuracy", 100, ".2f"),
-        "Tr Hess": ("trace", 1, ".4g"),
-        "of negative eigenvalues": ("negative_trace", 1, ".3g"),
-        "lambda_max": ("lambda_max", 1, ".4g"),
-        "lambda_min": ("lambda_min", 1, ".3g"),
+        "test error %": report.ERROR,
+        "train acc. %": report.ACCURACY,
+        "Tr Hess": report.TRACE,
+        "of negative eigenvalues": report.NEGATIVE,
+        "lambda_max": report.LAMBDA_MAX,
+        "lambda_min": report.LAMBDA_MIN,
     }
     shown = {"none": none} | {method: best_of(points) for method, points in numbers.items()}
     lines = [["", "strength", "held-out error % of the search", *columns]]
     for method, point in shown.items():
-        searched = arms.spread([100 * record["held_out_error"] for record in point["trials"]], ".2f")
-        cells = [arms.spread([k * record[name] for record in point["tested"]], f) for name, k, f in columns.values()]
+        searched = report.percent([record["held_out_error"] for record in point["trials"]])
+        cells = [column.cell(point["tested"]) for column in columns.values()]
         lines.append([METHODS.get(method, ("none",))[0], f"{point['strength']:g}", searched, *cells])
-    print(f"the strengths with the lowest held-out error, and {config['trials']} nets of new seeds of each:")
-    arms.print_columns(lines)
+    print(f"the strengths with the lowest held-out error, and {config.trials} nets of new seeds of each:")
+    report.print_columns(lines)
     errors = {method: [record["test_error"] for record in point["tested"]] for method, point in shown.items()}
     print(f"on the test images, p multiplied by the {len(METHODS)} tests:")
     for method, (words, _) in METHODS.items():
-        print(arms.judge(Claim(method, "none", f"{words}, as chosen, lowers the test error"), errors, len(METHODS)))
+        print(report.judge(Claim(method, "none", f"{words}, as chosen, lowers the test error"), errors, len(METHODS)))

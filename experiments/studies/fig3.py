@@ -17,23 +17,23 @@ import jax
 import numpy as np
 
 import jaxhess as jh
-from experiments import arms, figures, measure, plot, results
+from experiments import data, figures, measure, models, plot, report, store
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(figures.Config):
-    """What to train as in `figures.Config`, and what to measure.
+    """What to train and what to measure.
 
     Attributes:
       model: names of nets.
       dataset: names of data sets; every net is trained on each.
-      trials: trainings of each, with seeds ``seed``, ``seed`` + 1, ...
-      draws: start vectors of each spectrum; every one gives a spectrum and distances of its own.
+      trials: trainings of each net, with the seeds seed, seed + 1, ...
+      draws: start vectors; each gives a spectrum and distances of its own.
       num_steps: Lanczos steps of each spectrum.
     """
 
-    model: tuple[str, ...] = ("lenet",)
-    dataset: tuple[str, ...] = ("mnist", "fashion_mnist")
+    model: tuple[models.Name, ...] = ("lenet",)
+    dataset: data.Names = ("mnist", "fashion_mnist")
     trials: int = 1
     draws: int = 1
     num_steps: int = 128
@@ -44,7 +44,7 @@ def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> N
     arrays, numbers = {}, {}
     for dataset_name, dataset in figures.load_all(config, data_dir).items():
         for model_name in config.model:
-            name = figures.about(dataclasses.asdict(config), model_name, dataset_name)
+            name = figures.about(config, model_name, dataset_name)
             record = numbers[name] = {"distances": {}, "lambda_max": {}, "test_error": []}
             for trial in range(config.trials):
                 seeded = dataclasses.replace(config, seed=config.seed + trial)
@@ -68,29 +68,29 @@ def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> N
                     for metric, values in measure.distances(found).items():
                         for layer, value in values.items():
                             record["distances"].setdefault(metric, {}).setdefault(layer, []).append(value)
-    results.save_arrays(out_dir / "numbers.npz", arrays)
-    results.save_json(out_dir / "numbers.json", numbers)
+    store.save_arrays(out_dir / "numbers.npz", arrays)
+    store.save_json(out_dir / "numbers.json", numbers)
 
 
-def draw(out_dir: pathlib.Path) -> None:
+def draw(config: Config, out_dir: pathlib.Path) -> None:
     """Draws the figure from the saved numbers, and prints the distances and the closest layers."""
-    config, numbers = results.load_json(out_dir / "config.json"), results.load_json(out_dir / "numbers.json")
+    numbers = store.load_json(out_dir / "numbers.json")
     for name, record in numbers.items():
         layers = list(record["distances"]["wasserstein"])
         middle = jh.middle_layers(layers)
-        print(f"{name}: test error {arms.spread([100 * e for e in record['test_error']], '.2f')} %; middle: {middle}")
+        print(f"{name}: test error {report.percent(record['test_error'])} %; middle: {middle}")
         # By interlacing no block has a larger lambda_max than the whole: the closest layer is that with the largest.
         gaps = {layer: np.subtract(record["lambda_max"]["total"], record["lambda_max"][layer]) for layer in layers}
         for metric, values in (record["distances"] | {"lambda_max": gaps}).items():
             closest = Counter(min(layers, key=lambda layer: values[layer][i]) for i in range(len(values[layers[0]])))
             inside = sum(count for layer, count in closest.items() if layer in middle)
-            row = "  ".join(f"{layer} {arms.spread(values[layer], '.3g')}" for layer in layers)
+            row = "  ".join(f"{layer} {report.spread(values[layer], '.3g')}" for layer in layers)
             print(f"  {metric:19} {row}")
             print(f"  {'':19} closest: {dict(closest)}; a middle one in {inside} of {closest.total()}")
     title = (
-        f"From each layer's Hessian spectrum to the whole net's: {config['images_per_class']} training images a "
+        f"From each layer's Hessian spectrum to the whole net's: {config.images_per_class} training images a "
         "class,\n"
-        f"{figures.how(config)}; trainings: {config['trials']}, start vectors: {config['draws']}"
+        f"{figures.how(config)}; trainings: {config.trials}, start vectors: {config.draws}"
     )
     figure = plot.layer_distances({name: record["distances"] for name, record in numbers.items()}, title)
     plot.save(figure, out_dir / "figure.png")

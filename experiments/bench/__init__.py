@@ -1,0 +1,1 @@
+"""The benchmark: `study` is the experiment ``bench``; `peers` asks `torch_work`, a process of its own, for the same."""

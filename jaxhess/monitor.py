@@ -1,0 +1,264 @@
+"""Curvature of a net while it trains, within a share of the training's time, written to where you look at it."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+
+import jaxhess as jh
+
+PyTree = Any
+MEASURES = ("trace", "ggn_trace", "lambda_max", "layer_lambda_max")
+
+
+class Sink(Protocol):
+    """What takes the records; a run of Weights & Biases is one."""
+
+    def log(self, record: dict[str, float], step: int, /) -> object:
+        """Takes what was measured at a step."""
+
+
+class Monitor:
+    """Measures a net every so many steps, as long as that stays within a share of the training's time.
+
+    The first measurement, which compiles, is always taken and counts. After it, a measurement is left out if it would
+    go beyond the share, supposing that it takes as long as the last one did. A call on any other step costs nothing:
+    only a measurement waits for the device. The probes depend on the key and on the step alone, so that a training
+    that was interrupted and goes on measures what it would have measured.
+
+    Attributes:
+      left_out: the number of measurements that were due and for which there was no time.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxhess.monitor import Monitor
+      >>> loss = lambda w, batch: jnp.sum(w**2) * batch
+      >>> monitor = Monitor(loss, key=jax.random.key(0), sinks=[], every=10, measures=["trace"])
+      >>> monitor(jnp.ones(2), 0.5, step=0)["trace/total"]
+      2.0
+      >>> monitor(jnp.ones(2), 0.5, step=1)  # not due
+
+    Reference: as `jaxhess.layer_traces` and `jaxhess.spectrum`.
+    """
+
+    def __init__(
+        self,
+        objective: Callable,
+        *,
+        key: jax.Array,
+        sinks: Sequence[Sink],
+        every: int = 100,
+        share: float = 0.05,
+        measures: Sequence[str] = ("trace", "lambda_max"),
+        num_probes: int = 8,
+        num_steps: int = 20,
+        has_aux: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        """Says what is measured, how often, and where it goes.
+
+        Args:
+          objective: a loss, or a `jaxhess.Objective` (which "ggn_trace" needs).
+          key: a JAX random key.
+          sinks: objects with ``log(record, step)``: `jsonl`, `tensorboard`, a run of Weights & Biases.
+          every: steps from one measurement to the next.
+          share: the share of the time since the monitor was made that measuring may take, in (0, 1].
+          measures: of "trace" and "ggn_trace" (each layer and the whole net), "lambda_max" (the whole net),
+            "layer_lambda_max" (each layer and the whole net).
+          num_probes: probes of the traces.
+          num_steps: Lanczos steps of the largest eigenvalues.
+          has_aux: as for `jaxhess.hessian`.
+          clock: returns seconds, for tests.
+
+        Raises:
+          ValueError: for an unknown measure or none, a share outside (0, 1], or ``every`` below 1.
+          TypeError: for a sink without ``log``.
+        """
+        unknown = sorted(set(measures) - set(MEASURES))
+        if unknown or not measures:
+            raise ValueError(f"unknown measures {unknown}; choose one or more of {list(MEASURES)}")
+        if not 0 < share <= 1:
+            raise ValueError(f"share must lie in (0, 1], got {share}")
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}")
+        for sink in sinks:
+            if not callable(getattr(sink, "log", None)):
+                raise TypeError(f"a sink has a method log(record, step), got {sink!r}; jsonl(path) makes one")
+        self._objective, self._key, self._sinks = objective, key, list(sinks)
+        self._every, self._share, self._measures = every, share, frozenset(measures)
+        self._num_probes, self._num_steps, self._has_aux = num_probes, num_steps, has_aux
+        self._clock, self._start, self._spent, self._last = clock, clock(), 0.0, 0.0
+        self.left_out = 0
+
+    def __call__(self, params: PyTree, batch: PyTree, step: int) -> dict[str, float] | None:
+        """Measures if it is due and there is time for it.
+
+        Args:
+          params: the parameters, which are neither changed nor kept.
+          batch: one batch, or `jaxhess.Batches`.
+          step: the number of the training step, a Python integer: reading one from the device would wait for it.
+
+        Returns:
+          {"trace/LAYER": float, "trace_std_error/LAYER": float, ..., "lambda_max/total": float}, which the sinks have
+          been given too; None if nothing was measured.
+        """
+        if step % self._every:
+            return None
+        if self._spent and self._spent + self._last > self._share * (self._clock() - self._start):
+            self.left_out += 1
+            return None
+        jax.block_until_ready(params)  # the training's own work does not count
+        start = self._clock()
+        record = self._measure(jax.random.fold_in(self._key, step), params, batch)
+        self._last = self._clock() - start
+        self._spent += self._last
+        for sink in self._sinks:
+            sink.log(record, step)
+        return record
+
+    def _measure(self, key, params, batch):
+        """{name: float} of all measures, which share one key."""
+        problem, record = (self._objective, params, batch), {}
+        for name, curvature in (("trace", "hessian"), ("ggn_trace", "ggn")):
+            if name in self._measures:
+                options = dict(num_probes=self._num_probes, curvature=curvature, has_aux=self._has_aux)
+                for layer, estimate in jh.layer_traces(*problem, key=key, **options).items():
+                    record[f"{name}/{layer}"] = float(estimate.mean)
+                    record[f"{name}_std_error/{layer}"] = float(estimate.std_error)
+        options = dict(key=key, num_steps=self._num_steps)
+        if "layer_lambda_max" in self._measures:
+            spectra = jh.layer_spectra(*problem, has_aux=self._has_aux, **options)
+            record |= {f"lambda_max/{layer}": float(spectrum.lambda_max) for layer, spectrum in spectra.items()}
+        elif "lambda_max" in self._measures:
+            operator = jh.hessian(*problem, has_aux=self._has_aux)
+            record["lambda_max/total"] = float(jh.spectrum(operator, like=params, **options).lambda_max)
+        return record
+
+
+class _Jsonl:
+    def __init__(self, path):
+        self._path = pathlib.Path(path)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+
+    def log(self, record, step):
+        # JSON has no NaN and no infinity: null stands for them.
+        plain = {name: value if math.isfinite(value) else None for name, value in record.items()}
+        line = json.dumps({"step": int(step), **plain}, allow_nan=False) + "\n"
+        with self._path.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, 2)
+                line = line if file.read(1) == b"\n" else "\n" + line
+            file.write(line.encode())
+
+
+class _TensorBoard:
+    def __init__(self, writer):
+        self._writer = writer
+
+    def log(self, record, step):
+        for name, value in record.items():
+            self._writer.add_scalar(name, value, step)
+        if hasattr(self._writer, "flush"):
+            self._writer.flush()
+
+
+def jsonl(path: pathlib.Path | str) -> Sink:
+    """A sink that appends one line of JSON for each measurement to a file.
+
+    If an earlier run was killed while it wrote, its unfinished line is closed first, so that it spoils no other.
+
+    Args:
+      path: the file; its folder is made.
+
+    Returns:
+      The sink.
+
+    Example:
+      >>> import os, tempfile
+      >>> from jaxhess import monitor
+      >>> path = os.path.join(tempfile.mkdtemp(), "curvature.jsonl")
+      >>> monitor.jsonl(path).log({"trace/total": 2.5}, 100)
+      >>> monitor.read(path)
+      [{'step': 100, 'trace/total': 2.5}]
+
+    Reference: the format is that of jsonlines.org.
+    """
+    return _Jsonl(path)
+
+
+def read(path: pathlib.Path | str) -> list[dict[str, float]]:
+    r"""The records of a file that `jsonl` wrote, for `jaxhess.plot.evolution`.
+
+    Lines that were cut off are left out. Of several records of one step, as of a training that went on from an earlier
+    checkpoint, the last one counts.
+
+    Args:
+      path: the file.
+
+    Returns:
+      [{"step": int, NAME: float, ...}, ...] by step; what was not finite is NaN.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> from jaxhess import monitor
+      >>> path = pathlib.Path(tempfile.mkdtemp(), "log.jsonl")
+      >>> _ = path.write_text('{"step": 2, "a": 1.0}\n{"step": 0, "a": null}\n{"step": 4, ')
+      >>> monitor.read(path)
+      [{'step': 0, 'a': nan}, {'step': 2, 'a': 1.0}]
+
+    Reference: as `jsonl`.
+    """
+    found: dict[int, dict[str, float]] = {}
+    for line in pathlib.Path(path).read_text().splitlines():
+        try:
+            record = json.loads(line)
+            step = record["step"]
+        except (ValueError, TypeError, KeyError):
+            continue
+        found[step] = {name: math.nan if value is None else value for name, value in record.items()}
+    return [found[step] for step in sorted(found)]
+
+
+def tensorboard(writer: Any) -> Sink:
+    """A sink that writes scalars for TensorBoard.
+
+    Args:
+      writer: a summary writer, that is an object with ``add_scalar(name, value, step)``; or a folder, for which one is
+        made with tensorboardX, or with PyTorch where that is not installed.
+
+    Returns:
+      The sink.
+
+    Raises:
+      ValueError: for a folder, if neither package is installed.
+
+    Example:
+      >>> from jaxhess import monitor
+      >>> class Writer:
+      ...     def add_scalar(self, name, value, step):
+      ...         print(step, name, value)
+      >>> monitor.tensorboard(Writer()).log({"trace/total": 2.5}, 100)
+      100 trace/total 2.5
+
+    Reference: the interface is that of tensorboardX and of torch.utils.tensorboard.
+    """
+    return _TensorBoard(writer if hasattr(writer, "add_scalar") else _summary_writer(str(writer)))
+
+
+def _summary_writer(folder):
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError(
+                "writing for TensorBoard needs a summary writer: pass one, or `pip install tensorboardX`"
+            ) from error
+    return SummaryWriter(folder)
