@@ -149,10 +149,14 @@ def reference() -> dict[str, str]:
         wrong = sorted(set(listed) ^ set(public_names()))
         raise PluginError(f"docs/hooks.py: REFERENCE must list each public name of jaxhess once; see {wrong}")
     pages = {
-        page: f"# {title}\n\n" + "\n".join(f"::: {path_of(name)}\n    options:\n      heading: {name}\n" for name in names)
+        page: "\n".join((f"# {title}\n", *(_entry(name) for name in names)))
         for page, (title, names) in REFERENCE.items()
     }
     return pages | {page: f"# {title}\n\n::: {module}\n" for page, (title, module) in MODULES.items()}
+
+
+def _entry(name: str) -> str:
+    return f"::: {path_of(name)}\n    options:\n      heading: {name}\n"
 
 
 def mathjax() -> list[pathlib.Path]:
