@@ -1,7 +1,10 @@
 """The notebooks: kept without outputs, opened alike, and run from top to bottom."""
 
+import configparser
+import importlib.metadata
 import re
 import sys
+import types
 
 import conftest
 import pytest
@@ -36,23 +39,91 @@ def test_all_open_with_the_same_install_cell():
     assert not any("pip" in source.split() or "REPOSITORY" in source for source in others)
 
 
-def test_installing_does_nothing_where_all_is_there_and_says_what_it_needs_elsewhere(monkeypatch, tmp_path):
-    source = code(render.read("tour"))[0].source
-    monkeypatch.setattr("subprocess.run", lambda *args, **kwargs: pytest.fail(f"ran {args}"))
-    monkeypatch.setattr("sys.path", [path for path in sys.path if path != str(render.HERE.parent)])
-    monkeypatch.chdir(render.HERE)
-    exec(source, names := {})
-    assert names["root"] == render.HERE.parent and sys.path[0] == str(render.HERE.parent)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="REPOSITORY is empty"):
-        exec(source, {})
-    # With an address it clones, and goes on from there.
-    commands = []
-    monkeypatch.setattr("subprocess.run", lambda words, check: commands.append(words))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    exec(re.sub('= ""', '= "git@example.org:jaxhess"', source, count=1), {})
-    assert commands[0][:2] == ["git", "clone"] and commands[0][-2] == "git@example.org:jaxhess"
-    assert f"{tmp_path / 'jaxhess'}[experiments]" in commands[1]
+FIRST = code(render.read("tour"))[0].source
+VERSIONS = {"jaxhess": "0.1.0", "jax": "0.10.2"}
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """Runs the first cell on a machine with these versions installed; returns its names and the commands it ran."""
+
+    def run(folder=tmp_path, loaded=None, after_pip=None, **versions):
+        commands = []
+
+        def version(package):
+            if (found := versions.get(package)) is None:
+                raise importlib.metadata.PackageNotFoundError(package)
+            return found
+
+        def command(words, check):
+            assert check
+            commands.append(words)
+            if "pip" in words:
+                versions.update(after_pip or {})
+
+        monkeypatch.setattr("importlib.metadata.version", version)
+        monkeypatch.setattr("subprocess.run", command)
+        monkeypatch.setattr("shutil.which", lambda name: None)
+        monkeypatch.setattr("sys.path", [path for path in sys.path if path != str(render.HERE.parent)])
+        if loaded:
+            numbers = tuple(map(int, loaded.split(".")))
+            monkeypatch.setitem(sys.modules, "jax", types.SimpleNamespace(__version_info__=numbers))
+        else:
+            monkeypatch.delitem(sys.modules, "jax", raising=False)
+        monkeypatch.chdir(folder)
+        exec(FIRST, names := {})
+        return names, commands
+
+    return run
+
+
+ALL = dict.fromkeys(("jaxhess", "flax", "optax", "orbax-checkpoint", "scikit-learn", "matplotlib", "tqdm"), "1.0.0")
+
+
+def test_installing_does_nothing_in_a_checkout_where_all_is_there(machine):
+    names, commands = machine(render.HERE, **ALL, jax="0.10.2")
+    assert commands == [] and names["root"] == render.HERE.parent and sys.path[0] == str(render.HERE.parent)
+
+
+def test_elsewhere_it_clones_and_installs(machine, tmp_path):
+    # As on Colab: an old JAX, and no jaxhess. The clone is a folder here, and is not taken for the installed library.
+    (tmp_path / "jaxhess").mkdir()
+    colab = {name: found for name, found in ALL.items() if name != "jaxhess"} | {"jax": "0.7.2"}
+    names, (clone, pip) = machine(**colab, after_pip=VERSIONS)
+    checkout = str(tmp_path / "jaxhess-checkout")
+    assert clone[:2] == ["git", "clone"] and clone[-2:] == [names["REPOSITORY"], checkout]
+    assert pip[:4] == [sys.executable, "-m", "pip", "install"] and pip[-1] == f"{checkout}[experiments]"
+    assert sys.path[0] == checkout
+
+
+def test_a_jax_that_is_too_old_is_renewed_and_refused_if_it_stays(machine):
+    _, commands = machine(render.HERE, **ALL, jax="0.7.2", after_pip={"jax": "0.10.2"})
+    assert len(commands) == 1
+    with pytest.raises(RuntimeError, match="needs JAX 0.10, and this is 0.7: restart the runtime"):
+        machine(render.HERE, **ALL, jax="0.7.2")
+    # Installed is a newer one, but the old one runs already.
+    with pytest.raises(RuntimeError, match="needs JAX 0.10, and this is 0.7: restart the runtime"):
+        machine(render.HERE, **ALL, jax="0.10.2", loaded="0.7.2")
+
+
+def test_the_first_cell_needs_what_setup_cfg_needs():
+    config = configparser.ConfigParser()
+    config.read(render.HERE.parent / "setup.cfg")
+    (bound,) = re.findall(r"^jax>=(.*)$", config["options.extras_require"]["experiments"], re.MULTILINE)
+    assert f"NEEDED_JAX = ({bound.replace('.', ', ')})" in FIRST
+
+
+SHOWS = r'show\("(\w+)"\)', r"for name in (\(.*\)):\n    show\(name\)"
+
+
+def test_kept_figures_of_experiments_are_those_that_a_cell_draws():
+    drawn = []
+    for cell in code(render.read("paper")):
+        (called, looped) = (re.findall(rf"^{words}$", cell.source, re.MULTILINE) for words in SHOWS)
+        names = called + [name for found in looped for name in re.findall(r'"(\w+)"', found)]
+        assert cell.metadata.get("results", []) == names
+        drawn += names
+    assert len(drawn) == len(set(drawn)) > 10
 
 
 # Of a notebook that trains: its length in the tests that are not slow.

@@ -1,4 +1,4 @@
-"""The README's examples run as they stand, one after the other."""
+"""The README: its examples run as they stand, print what it shows, and it stays short."""
 
 import contextlib
 import io
@@ -6,21 +6,73 @@ import pathlib
 import re
 
 import jax
+import pytest
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
+TEXT = README.read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
 
 
-def test_examples_run():
-    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
-    assert len(blocks) >= 2
+@pytest.fixture(scope="module")
+def ran():
+    """The names that the examples leave, and what they print."""
     names, printed = {}, io.StringIO()
     # The tests' ban on rank promotion is no rule for the reader.
     with contextlib.redirect_stdout(printed), jax.numpy_rank_promotion("allow"):
-        for block in blocks:
-            exec(compile(block, str(README), "exec"), names)
-    assert "dense1" in printed.getvalue() and "+-" in printed.getvalue()
+        for language, code in BLOCKS:
+            if language == "python":
+                exec(compile(code, str(README), "exec"), names)
+    return names, printed.getvalue()
+
+
+def words_and_numbers(table):
+    """A table's words without its numbers, and its numbers without the residuals in parentheses.
+
+    Residuals are of the size of rounding, and differ between machines.
+    """
+    table = re.sub(r"\([^)]*\)|-{5,}", "", table)
+    number = r"(?<![\w*|^-])-?\d[\d,]*(?:\.\d+)?(?![\w^])"
+    numbers = [float(found.replace(",", "")) for found in re.findall(number, table)]
+    return re.sub(number, "", table).split(), numbers
+
+
+def test_the_quick_start_prints_what_the_readme_shows(ran):
+    (shown,) = (code for language, code in BLOCKS if not language and code.startswith("layer"))
+    words, numbers = words_and_numbers(shown)
+    assert "fc1" in words and "exact" in words and "+-" in words and len(numbers) > 20
+    printed_words, printed_numbers = words_and_numbers(ran[1])
+    assert printed_words == words
+    # Values near zero are compared by their distance.
+    assert printed_numbers == pytest.approx(numbers, rel=0.02, abs=0.002)
+
+
+def test_the_penalty_was_added(ran):
+    names, _ = ran
+    assert names["opt_state"][0].count == 1 and float(names["opt_state"][0].penalty) > 0
+    assert names["penalty"] is not None
 
 
 def test_links_and_figures_are_there():
-    for target in re.findall(r"\]\(([^)#]+)\)", README.read_text()):
+    targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", TEXT)
+    assert len(targets) > 10
+    for target in targets:
         assert target.startswith("http") or (README.parent / target).exists(), target
+
+
+def test_it_is_short():
+    assert len(TEXT.split()) <= 900
+    assert 90 <= len(TEXT.splitlines()) <= 130
+    assert len(re.findall(r"^!\[", TEXT, re.MULTILINE)) == 1
+
+
+def test_its_sections_come_in_the_order_that_a_reader_needs():
+    assert re.findall(r"^## (.*)$", TEXT, re.MULTILINE) == [
+        "Install",
+        "Quick start",
+        "Regularise the trace",
+        "Hess, G or H?",
+        "Recipes and documentation",
+        "Reproduce the paper",
+        "Speed",
+        "Development",
+    ]

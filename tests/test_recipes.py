@@ -7,10 +7,12 @@ import pathlib
 import re
 import warnings
 
+import chex
 import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jaxhess as jh
@@ -108,7 +110,7 @@ def test_flax_linen():
 @pytest.mark.skipif(FLAX < (0, 11), reason="nnx.merge has no copy= before Flax 0.11")
 def test_flax_nnx():
     names, printed = run("flax_nnx")
-    params, rest = names["params"], names["rest"]
+    params, rest, names["batch"] = names["params"], names["rest"], names["measured"]
     norm = params["norm"]
     statistics = rest["norm"]
 
@@ -126,6 +128,32 @@ def test_flax_nnx():
     assert_same_penalty(names, jh.Objective(predict, jh.cross_entropy), arrays(params), arrays)
     # What was trained is in the module again.
     np.testing.assert_array_equal(names["net"].fc1.kernel[...], params["fc1"]["kernel"][...])
+
+
+@pytest.mark.skipif(FLAX < (0, 11), reason="nnx.merge has no copy= before Flax 0.11")
+def test_the_nnx_optimizer_takes_the_step_of_plain_optax():
+    names, _ = run("flax_nnx")
+    nnx, objective, batch = names["nnx"], names["objective"], names["batch"]
+    tx = optax.chain(jh.add_hessian_trace(objective, 0.5, key=jax.random.key(4)), optax.sgd(0.1))
+
+    with jax.numpy_rank_promotion("allow"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net = names["Net"](nnx.Rngs(1))
+        net.eval()
+        _, params, rest = nnx.split(net, nnx.Param, ...)
+        measured = batch | {"rest": rest}
+        grads = jax.grad(objective)(params, measured)
+        updates, state = tx.update(grads, tx.init(params), params, batch=measured)
+        expected = optax.apply_updates(params, updates)
+        without = optax.apply_updates(params, jax.tree.map(lambda g: -0.1 * g, grads))
+
+        optimizer = nnx.Optimizer(net, tx, wrt=nnx.Param)
+        optimizer.update(net, grads, batch=measured)
+    found = nnx.state(net, nnx.Param)
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(optimizer.opt_state[0].penalty[...], state[0].penalty, rtol=1e-5)
+    # The penalty is part of the step.
+    assert not np.allclose(found["fc1"]["kernel"][...], without["fc1"]["kernel"][...], atol=1e-4)
 
 
 def test_transformer():
