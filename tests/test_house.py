@@ -1,6 +1,7 @@
 """The house: imports point one way, the library stands alone, and its documentation runs."""
 
 import ast
+import collections
 import doctest
 import importlib
 import inspect
@@ -8,29 +9,39 @@ import pathlib
 import pkgutil
 import subprocess
 import sys
+import tokenize
 
+import helpers
+import jax
 import pytest
 
 import jaxhess as jh
+from jaxhess import _order, _slips, layers, problem
 
 ROOT = pathlib.Path(jh.__file__).parent
 MODULES = sorted(module.name for module in pkgutil.iter_modules([str(ROOT)]))
 ALLOWED = {"jax", "numpy", "scipy", "optax"}
 
-# Each floor may import those above it only: DESIGN.md, "The house".
+# Each floor may import those above it only.
 FLOORS = [
-    {"_checks", "_programs", "_softmax", "_versions"},
-    {"batches", "objective"},
-    {"layers"},
-    {"operators"},
-    {"_diagnosis", "_noise"},
-    {"trace"},
-    {"lanczos", "structure", "regularizer"},
-    {"spectrum", "transform"},
-    {"distances"},
+    {"_checks", "_order", "_programs", "_slips", "_softmax", "_versions"},
+    {"_factor", "_trees", "batches", "spectra"},
+    {"_linear", "layers", "objective"},
+    {"_examples", "_lanczos", "_products", "criteria", "problem"},
+    {"_diagnosis", "_noise", "regularizer"},
+    {"eigenpairs", "gram", "operators", "transform"},
+    {"classes", "quadrature", "traces"},
     {"summary"},
+    {"monitor", "plot"},
 ]
-# By what they are, for three functions have the names of their modules.
+# What each knows of networks, beside arrays and trees: nothing.
+PURE = {
+    "_lanczos": {"_checks", "_linear", "_programs", "_trees"},
+    "spectra": {"_checks"},
+    "eigenpairs": {"_checks", "_lanczos", "_linear", "_noise", "_programs", "_trees"},
+}
+# Imported when called, where they are.
+OPTIONAL = {"monitor": {"tensorboardX", "torch"}, "plot": {"matplotlib"}, "summary": {"pandas"}}
 PUBLIC = sorted(name for name, value in vars(jh).items() if not (name.startswith("_") or inspect.ismodule(value)))
 
 
@@ -56,23 +67,99 @@ def test_every_module_has_its_floor():
     assert set(MODULES) <= set().union(*FLOORS)
 
 
+def siblings(module):
+    return {name.split(".")[1] for name in imports(ROOT / f"{module}.py") if name.startswith("jaxhess.")} & set(MODULES)
+
+
+def all_below(module):
+    """What is loaded with a module, directly or through others."""
+    found, todo = set(), [module]
+    while todo:
+        new = siblings(todo.pop()) - found
+        found |= new
+        todo += new
+    return found
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_point_one_way(module):
-    siblings = {name.split(".")[1] for name in imports(ROOT / f"{module}.py") if name.startswith("jaxhess.")}
-    assert "jaxhess" not in imports(ROOT / f"{module}.py")
-    for sibling in siblings:
+    for sibling in siblings(module):
         assert floor(sibling) < floor(module), f"{module} imports {sibling}"
 
 
-def test_lanczos_and_distances_know_nothing_of_networks():
-    for module in ("lanczos", "distances"):
-        assert not imports(ROOT / f"{module}.py") & {"jaxhess.objective", "jaxhess.layers", "jaxhess.batches"}
+@pytest.mark.parametrize("module", PURE)
+def test_what_knows_nothing_of_networks_loads_nothing_of_them(module):
+    assert all_below(module) == PURE[module]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_private_name_crosses_a_module(module):
+    for node in ast.walk(ast.parse((ROOT / f"{module}.py").read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("jaxhess."):
+            assert not [alias.name for alias in node.names if alias.name.startswith("_")]
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in MODULES:
+            assert not node.attr.startswith("_")
+
+
+def test_no_public_name_is_that_of_a_module():
+    assert not set(PUBLIC) & set(MODULES)
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"monitor", "plot"}))
+def test_modules_and_functions_stay_small(module):
+    """Lines of code: no docstrings, comments, blanks."""
+    path = ROOT / f"{module}.py"
+    tree, lines = ast.parse(path.read_text()), code_lines(path)
+    assert len(lines) <= 220
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            count = len(lines & set(range(node.lineno, node.end_lineno + 1)))
+            assert count <= 40, f"{node.name} has {count} lines"
+
+
+def code_lines(path):
+    with tokenize.open(path) as file:
+        tokens = [t for t in tokenize.generate_tokens(file.readline) if t.type not in SILENT]
+    lines = {line for t in tokens for line in range(t.start[0], t.end[0] + 1)}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return lines
+
+
+SILENT = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 
 
 @pytest.mark.parametrize("module", ["__init__", *MODULES])
 def test_only_the_four_libraries_are_imported(module):
     roots = {name.split(".")[0] for name in imports(ROOT / f"{module}.py")}
-    assert roots - set(sys.stdlib_module_names) <= ALLOWED | {"jaxhess"}
+    assert roots - set(sys.stdlib_module_names) <= ALLOWED | OPTIONAL.get(module, set()) | {"jaxhess"}
+
+
+def test_summarize_checks_once_and_walks_the_program_once(monkeypatch):
+    calls = collections.Counter()
+
+    def counted(module, name):
+        function = getattr(module, name)
+
+        def call(*args, **options):
+            calls[name] += 1
+            return function(*args, **options)
+
+        for other in [importlib.import_module(f"jaxhess.{other}") for other in MODULES]:
+            if getattr(other, name, None) is function:
+                monkeypatch.setattr(other, name, call)
+
+    for module, name in [
+        (problem, "pose"),
+        (layers, "modules_of"),
+        (_order, "first_uses"),
+        (_slips, "check_parameters"),
+    ]:
+        counted(module, name)
+    p = helpers.problem("mlp")
+    jh.summarize(p.objective, p.params, p.batch, key=jax.random.key(0), num_steps=2, num_probes=2)
+    assert calls == dict.fromkeys(once, 1)
 
 
 def test_the_library_alone_loads_nothing_of_the_experiments():
@@ -88,6 +175,7 @@ def test_the_library_alone_loads_nothing_of_the_experiments():
 def test_public_names_are_those_that_the_library_exports():
     source = ast.parse((ROOT / "__init__.py").read_text())
     exported = [alias.asname for node in source.body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    exported = [name for name in exported if name is not None]
     assert sorted(exported) == PUBLIC and {"trace", "spectrum", "lanczos"} < set(PUBLIC)
 
 
