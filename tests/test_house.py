@@ -150,12 +150,8 @@ def test_summarize_checks_once_and_walks_the_program_once(monkeypatch):
             if getattr(other, name, None) is function:
                 monkeypatch.setattr(other, name, call)
 
-    for module, name in [
-        (problem, "pose"),
-        (layers, "modules_of"),
-        (_order, "first_uses"),
-        (_slips, "check_parameters"),
-    ]:
+    once = {"pose": problem, "modules_of": layers, "first_uses": _order, "check_parameters": _slips}
+    for name, module in once.items():
         counted(module, name)
     p = helpers.problem("mlp")
     jh.summarize(p.objective, p.params, p.batch, key=jax.random.key(0), num_steps=2, num_probes=2)
