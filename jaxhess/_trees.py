@@ -202,6 +202,15 @@ def combine(basis: PyTree, coefficients: np.ndarray) -> PyTree:
     return jax.tree.map(one, basis)
 
 
+@jax.jit
+@full_precision
+def without(rows: PyTree, v: PyTree) -> PyTree:
+    """A vector less its projection onto orthonormal rows."""
+    pairs = list(zip(jax.tree.leaves(rows), jax.tree.leaves(v), strict=True))
+    coefficients = sum(r.reshape(len(r), -1) @ x.ravel() for r, x in pairs)
+    return jax.tree.map(lambda r, x: x - jnp.tensordot(coefficients, r, 1).astype(x.dtype), rows, v)
+
+
 def on_cpu(x: jax.Array) -> bool:
     """Whether numpy can read an array without a transfer."""
     return all(device.platform == "cpu" for device in x.devices())

@@ -11,9 +11,10 @@ import numpy as np
 import scipy.linalg
 
 from jaxhess._checks import check_choice
+from jaxhess._rows import known_outputs
 from jaxhess._trees import own_eps, to_host
 from jaxhess.criteria import CrossEntropy
-from jaxhess.gram import gram_matrices, known_outputs, nonzero
+from jaxhess.gram import gram_matrices, nonzero
 from jaxhess.objective import Objective
 from jaxhess.problem import pose
 

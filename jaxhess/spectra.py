@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,8 @@ class Spectrum:
       num_steps: the Lanczos steps of a draw, which set the width of the density; 128 for an exact spectrum.
       residuals: (m,): within each of its node lies an eigenvalue. What Lanczos left undone, and the noise of the
         products: what they do not repeat, and the rounding inside the operator. Zeros unless given.
-      num_draws: the random start vectors that the weights are averaged over; 0 where the weights are exact.
+      num_draws: the random start vectors that the weights are averaged over; 0 where all weights are exact.
+      fixed: (m,) of bool, the nodes whose weight is known, 1/dim, because they are single eigenvalues. None by default.
 
     Raises:
       ValueError: for nodes and weights of different lengths, no nodes, values that are not finite, negative weights
@@ -48,12 +50,14 @@ class Spectrum:
     num_steps: int = 128
     residuals: np.ndarray = None  # type: ignore[assignment]
     num_draws: int = 0
+    fixed: np.ndarray = None  # type: ignore[assignment]
 
     def __post_init__(self):
         check_known("a Spectrum is made", "make it outside", self.nodes, self.weights, self.residuals)
         nodes, weights = np.asarray(self.nodes, np.float64), np.asarray(self.weights, np.float64)
         residuals = np.zeros_like(nodes) if self.residuals is None else np.asarray(self.residuals, np.float64)
-        if not (nodes.ndim == 1 and nodes.size and nodes.shape == weights.shape == residuals.shape):
+        fixed = np.zeros(nodes.shape, bool) if self.fixed is None else np.asarray(self.fixed, bool)
+        if not (nodes.ndim == 1 and nodes.size and nodes.shape == weights.shape == residuals.shape == fixed.shape):
             raise ValueError(
                 f"a spectrum takes nodes, weights and residuals of one shape (m,), m >= 1, got {nodes.shape}, "
                 f"{weights.shape}, {residuals.shape}"
@@ -65,7 +69,8 @@ class Spectrum:
         check_count("dim", self.dim)
         check_count("num_steps", self.num_steps)
         order = np.argsort(nodes, kind="stable")
-        for name, value in (("nodes", nodes), ("weights", weights / weights.sum()), ("residuals", residuals)):
+        values = {"nodes": nodes, "weights": weights / weights.sum(), "residuals": residuals, "fixed": fixed}
+        for name, value in values.items():
             object.__setattr__(self, name, value[order])
 
     @classmethod
@@ -99,8 +104,40 @@ class Spectrum:
 
     @property
     def trace(self) -> float:
-        """dim * mean; for Lanczos an estimate from as many probes as draws."""
+        """dim * mean, the sum of all eigenvalues."""
         return self.dim * self.mean
+
+    def std_error(self, quantity: str | Callable[[np.ndarray], np.ndarray]) -> float:
+        """The standard error that the random start vectors leave in a mean over eigenvalues.
+
+        A start vector sees the eigenvalues whose weights are not known, n' of them, with the weights of a random unit
+        vector in n' dimensions. A mean of f over them has the variance 2 Var(f) / (n' + 2), with the variance of f over
+        these eigenvalues; n' / dim of it, and the root of the number of draws, remain.
+
+        Args:
+          quantity: "mean", "trace", or f: a function of an array of eigenvalues, for the mean of f over all of them.
+
+        Returns:
+          The standard error; 0 for an exact spectrum.
+
+        Reference: Chen, Trogdon and Ubaru 2021, Analysis of stochastic Lanczos quadrature, section 4.
+        """
+        functions = {"mean": lambda x: x, "trace": lambda x: self.dim * x}
+        if isinstance(quantity, str):
+            check_choice("quantity", quantity, functions)
+            quantity = functions[quantity]
+        return float(self._errors(np.asarray(quantity(self.nodes))))
+
+    def _errors(self, values):
+        """Standard errors of means over eigenvalues of values (..., m) at the nodes."""
+        rest = np.where(self.fixed, 0.0, self.weights)
+        mass = rest.sum()
+        if not self.num_draws or mass <= 0:
+            return np.zeros(values.shape[:-1])
+        count = max(self.dim * mass, 1.0)
+        mean = values @ rest / mass
+        variance = ((values - mean[..., None]) ** 2) @ rest / mass
+        return mass * np.sqrt(2 * variance / ((count + 2) * self.num_draws))
 
     def density(
         self, num_points: int = 1024, kappa: float = 1.25, *, margin: float = 0.05, grid: np.ndarray | None = None
@@ -129,6 +166,25 @@ class Spectrum:
         """
         grid, log_phi = self.log_density(num_points, kappa, margin=margin, grid=grid)
         return grid, np.exp(log_phi)
+
+    def density_band(
+        self, num_points: int = 1024, kappa: float = 1.25, *, margin: float = 0.05, width: float = 2.0
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The density with its standard errors, as a band around it.
+
+        Args:
+          num_points, kappa, margin: as for `density`.
+          width: half the width of the band, in standard errors.
+
+        Returns:
+          grid (n,), and the lower and upper ends of the band, (n,) each, not below 0.
+        """
+        low, high, sigma = _broadening([self], num_points, kappa, margin)
+        grid = np.linspace(low, high, num_points)
+        density = np.exp(_log_density(self, grid, sigma))
+        bumps = np.exp(-0.5 * ((grid[:, None] - self.nodes) / sigma) ** 2) / (sigma * np.sqrt(2 * np.pi))
+        error = width * self._errors(bumps)
+        return grid, np.maximum(density - error, 0.0), density + error
 
     def log_density(
         self, num_points: int = 1024, kappa: float = 1.25, *, margin: float = 0.05, grid: np.ndarray | None = None
@@ -182,9 +238,9 @@ def wasserstein(a: Spectrum, b: Spectrum, *, normalize: bool = False, with_error
 
     W1 = integral |F_a(t) - F_b(t)| dt, on the nodes and weights themselves: no grid, no broadening.
 
-    The weights of a Lanczos spectrum are what its random start vectors see: with one of them F(t) has the variance
-    2 F (1 - F) / (dim + 2). The standard error is the integral of its root, summed over both spectra: a bound, since
-    the errors at all t, and of both, are taken to add up. It is 0 for exact spectra.
+    The weights of a Lanczos spectrum depend on its random start vectors. The standard error goes by the function of the
+    eigenvalues whose mean the distance is, where F_a and F_b clearly differ; where they do not, the errors of all t are
+    taken to add up, which bounds them. It is 0 for exact spectra.
 
     Args:
       a, b: `Spectrum`.
@@ -208,7 +264,9 @@ def wasserstein(a: Spectrum, b: Spectrum, *, normalize: bool = False, with_error
     """
     _check(a, b)
     distance = float(scipy.stats.wasserstein_distance(a.nodes, b.nodes, a.weights, b.weights))
-    error = _weight_error(a) + _weight_error(b)
+    if not with_error and not normalize:
+        return distance
+    error = _distance_error(a, b) if with_error else 0.0
     if normalize:
         width = max(a.lambda_max, b.lambda_max) - min(a.lambda_min, b.lambda_min)
         unit = 0.0 if width == 0 or _is_point([a, b]) else 1 / width
@@ -216,15 +274,28 @@ def wasserstein(a: Spectrum, b: Spectrum, *, normalize: bool = False, with_error
     return (distance, error) if with_error else distance
 
 
-def _weight_error(spec):
-    """The standard error of the area under F(t) that comes from the start vectors."""
+def _distance_error(a, b):
+    """The standard error of W1 that comes from the start vectors of both."""
+    t = np.unique(np.concatenate([a.nodes, b.nodes]))
+    steps = np.diff(t)
+    below = [(t[:-1, None] >= spec.nodes).astype(float) for spec in (a, b)]
+    difference = below[0] @ a.weights - below[1] @ b.weights
+    sigma = np.sqrt(sum(_cumulative_variance(spec, x) for spec, x in zip((a, b), below, strict=True)))
+    clear = np.abs(difference) > 2 * sigma
+    signed = np.where(clear, np.sign(difference) * steps, 0.0)
+    # Where the sign is clear W1 is the difference of two means of one function, the integral of the sign.
+    errors = [float(spec._errors(signed @ x)) for spec, x in zip((a, b), below, strict=True)]
+    return float(np.hypot(*errors) + sigma[~clear] @ steps[~clear])
+
+
+def _cumulative_variance(spec, below):
+    """The variance of F(t), (t,); an eigenvalue that a start vector hardly sees is there all the same."""
     if not spec.num_draws:
-        return 0.0
-    # An eigenvalue that a start vector hardly sees is there all the same.
-    weights = np.maximum(spec.weights, 1 / (spec.dim * spec.num_draws))
-    below = np.cumsum(weights)[:-1]
-    variance = 2 * below * (weights.sum() - below) / ((spec.dim + 2) * spec.num_draws)
-    return float(np.sqrt(variance) @ np.diff(spec.nodes))
+        return np.zeros(len(below))
+    rest = np.where(spec.fixed, 0.0, np.maximum(spec.weights, 1 / (spec.dim * spec.num_draws)))
+    mass = rest.sum()
+    share = below @ rest
+    return 2 * np.maximum(share * (mass - share), 0.0) / ((max(spec.dim * mass, 1.0) + 2) * spec.num_draws)
 
 
 def jensen_shannon(
@@ -340,10 +411,7 @@ def count_outliers(spec_or_values: Spectrum | np.ndarray, *, method: str = "gap"
 
 def outlier_range(spec: Spectrum) -> tuple[int, int]:
     """The smallest and the largest of `count_outliers` within two standard errors of the mean that bounds them."""
-    mean = float(spec.weights @ np.abs(spec.nodes))
-    error = 0.0
-    if spec.num_draws:
-        error = float(np.sqrt(2 * spec.weights @ spec.nodes**2 / (spec.dim * spec.num_draws)))
+    mean, error = float(spec.weights @ np.abs(spec.nodes)), spec.std_error(np.abs)
     bounds = (max(mean - 2 * error, 0.0), mean, mean + 2 * error)
     counts = [_count(spec, bound, "gap") for bound in bounds]
     return min(counts), max(counts)
