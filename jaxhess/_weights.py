@@ -39,11 +39,14 @@ def plain(draws: list[Nodes]) -> Nodes:
 class Checked(NamedTuple):
     """Indices of Ritz values of the first draw that are known to be single, or repeated."""
 
-    single: frozenset[int] = frozenset()
-    repeated: frozenset[int] = frozenset()
+    single: frozenset[int]
+    repeated: frozenset[int]
 
 
-def deflated(draws: list[Nodes], dim: int, checked: Checked = Checked()) -> Nodes:
+NOTHING_CHECKED = Checked(frozenset(), frozenset())
+
+
+def deflated(draws: list[Nodes], dim: int, checked: Checked) -> Nodes:
     """One node of weight 1 / dim for each eigenvalue that all draws have found; other Ritz values share the rest."""
     matches = _single(draws, _matches(draws), dim, checked)
     count = len(matches)
@@ -111,7 +114,8 @@ def leading(early: Nodes, whole: Nodes) -> dict[int, float]:
 
 def recurring(values: dict[int, float], again: Nodes) -> Checked:
     """Which of the leading eigenvalues a run without their vectors has found again."""
-    near = {
-        i for i, x in values.items() if np.any(np.abs(again.nodes - x) <= np.maximum(again.residuals, 1e-4 * abs(x)))
-    }
+    near = set()
+    for i, value in values.items():
+        if np.any(np.abs(again.nodes - value) <= np.maximum(again.residuals, 1e-4 * abs(value))):
+            near.add(i)
     return Checked(frozenset(values) - near, frozenset(near))

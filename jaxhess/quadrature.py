@@ -18,7 +18,7 @@ from jaxhess._linear import as_linear
 from jaxhess._noise import Run, noise, ritz_run
 from jaxhess._rows import NoGramError
 from jaxhess._trees import combine, random_like, tree_norm, without
-from jaxhess._weights import Checked, Nodes, deflated, leading, plain, recurring
+from jaxhess._weights import NOTHING_CHECKED, Nodes, deflated, leading, plain, recurring
 from jaxhess.gram import gram_eigenvalues, gram_rows
 from jaxhess.operators import block, linearize, product
 from jaxhess.problem import Problem, pose
@@ -119,7 +119,7 @@ class Runs:
             found = run(random_like(key, like), dim, restart_key=jax.random.fold_in(key, 1), progress=progress)
             values, _, residuals = ritz(found.alphas, found.betas)
             return Spectrum(values, np.full(dim, 1 / dim), dim, self.num_steps, residuals), ritz_run(found)
-        steps, draws, checked = min(self.num_steps, dim), [], Checked()
+        steps, draws, checked = min(self.num_steps, dim), [], NOTHING_CHECKED
         deflate = self.weights == "deflated" and self.reorthogonalize  # ghost copies would each be an eigenvalue
         for draw in range(self.num_draws):
             report = _shifted(progress, draw * steps, self.num_draws * steps)
@@ -136,7 +136,7 @@ class Runs:
         steps = found.num_steps // _SHARE
         values = leading(_nodes(found.alphas[:steps], found.betas[:steps]), nodes) if steps else {}
         if not values:
-            return Checked()
+            return NOTHING_CHECKED
         _, coefficients, _ = ritz(found.alphas, found.betas)
         rows = combine(found.basis, coefficients[:, list(values)])
         start = without(rows, without(rows, random_like(jax.random.fold_in(key, _CHECK - 1), like)))
