@@ -13,8 +13,15 @@ from jaxhess.criteria import CrossEntropy as CrossEntropy
 from jaxhess.criteria import SquaredError as SquaredError
 from jaxhess.criteria import cross_entropy as cross_entropy
 from jaxhess.criteria import squared_error as squared_error
+from jaxhess.diagonals import diagonal as diagonal
 from jaxhess.eigenpairs import top_eigenpairs as top_eigenpairs
+from jaxhess.estimates import Estimate as Estimate
+from jaxhess.gram import example_traces as example_traces
+from jaxhess.gram import ggn_diagonal as ggn_diagonal
+from jaxhess.gram import ggn_eigenpairs as ggn_eigenpairs
 from jaxhess.gram import ggn_eigenvalues as ggn_eigenvalues
+from jaxhess.interactions import Interactions as Interactions
+from jaxhess.interactions import layer_interactions as layer_interactions
 from jaxhess.layers import layer_names as layer_names
 from jaxhess.layers import middle_layers as middle_layers
 from jaxhess.layers import subtree as subtree
@@ -36,7 +43,6 @@ from jaxhess.spectra import wasserstein as wasserstein
 from jaxhess.summary import Record as Record
 from jaxhess.summary import Summary as Summary
 from jaxhess.summary import summarize as summarize
-from jaxhess.traces import Estimate as Estimate
 from jaxhess.traces import layer_traces as layer_traces
 from jaxhess.traces import trace as trace
 from jaxhess.transform import HessianTraceState as HessianTraceState

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -61,7 +62,8 @@ class Rows:
             raise NotFiniteError(why_not_finite("ggn", problem.loss, params, batch))
         criterion: Any = factored(problem.loss.criterion, outputs, batch, max_classes=outputs.shape[-1])
         loss = Objective(problem.loss.predict, criterion)
-        of_examples = independent_examples(loss, params, batch, outputs)
+        here = params is problem.params or all(map(operator.is_, *map(jax.tree.leaves, (params, problem.params))))
+        of_examples = problem.of_examples if here else independent_examples(loss, params, batch, outputs)
         count = outputs.size if of_examples is None else len(outputs)
         factor = _factor(loss, params, batch)
         return cls(loss, params, batch, of_examples, factor, count, outputs.size // count)
@@ -69,6 +71,15 @@ class Rows:
     def __call__(self, group: tuple[Layer, ...], i: int) -> list[jax.Array]:
         """For each layer of the group (rows, dim)."""
         return _rows(self.loss, self.of_examples, group, self.params, self.batch, self.factor, i)
+
+    def squares(self, layers: tuple[Layer, ...], i: int) -> list[jax.Array]:
+        """For each layer the sum of the squares of all rows of an example."""
+        return _distances(self(layers, i), None)
+
+    def squares_of_columns(self, group: tuple[Layer, ...], i: int) -> jax.Array:
+        """The sum of the squares of an example's rows in each column of the one layer of the group, (dim,)."""
+        (rows,) = self(group, i)
+        return jnp.sum(rows**2, axis=0)
 
     def noise(self, groups: Sequence[tuple[Layer, ...]], examples: np.ndarray) -> dict[str, float]:
         """{layer: relative error of the eigenvalues}, also of "total", by rows at parameters moved by one rounding.

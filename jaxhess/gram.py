@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
-from jaxhess._checks import NotFiniteError
+from jaxhess._checks import NotFiniteError, check_count
 from jaxhess._diagnosis import why_not_finite
 from jaxhess._rows import Rows, known_outputs
 from jaxhess._trees import full_precision, own_eps, to_host
@@ -188,3 +188,161 @@ def _keep(kept, rows, start):
 @full_precision
 def _products(left, right):
     return [x @ y.T for x, y in zip(left, right, strict=True)]
+
+
+# ---- what the rows hold without their products ----
+
+
+def row_traces(problem: Problem) -> dict[str, tuple[float, float]]:
+    """{layer: (Tr G_l, its rounding)}, by the squared norms of all rows; over `Batches` the mean of their examples."""
+
+    def of(batch):
+        return _by_example(Rows.of(Problem(problem.loss, problem.params, batch)), problem.layers).sum(0)
+
+    if problem.many:
+        found = problem.batch.fold(lambda mean, b, share, _: of(b) if mean is None else mean + share * (of(b) - mean))
+    else:
+        found = of(problem.first)
+    eps = 10 * own_eps(problem.params)
+    return {layer.name: (float(x), eps * float(x)) for layer, x in zip(problem.layers, found, strict=True)}
+
+
+def _by_example(rows, layers):
+    """(examples, layers): the squared norms of the rows of each."""
+    return np.stack([np.asarray(rows.squares(tuple(layers), i), np.float64) for i in range(rows.count)])
+
+
+def example_traces(
+    objective: Objective, params: PyTree, batch: PyTree, *, has_aux: bool = False
+) -> dict[str, np.ndarray]:
+    """What each example adds to the trace of every G_l, and of G.
+
+    Tr G_l = sum_i sum_c ||(J_i' b_ic)_l||^2 over the examples i, where the b_ic are the columns of the factor B of S
+    that belong to example i. Few examples often make most of the curvature.
+
+    Args:
+      objective, params, has_aux: as for `hessian`; the criterion must be convex.
+      batch: one batch of examples that do not depend on each other.
+
+    Returns:
+      {layer: (N,) float64} in network order, and "total"; the sum of an array is the trace.
+
+    Raises:
+      TypeError, ValueError: as `ggn_eigenvalues`; ValueError for examples that depend on each other, as by batch norm
+        in training mode.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxhess as jh
+      >>> objective = jh.Objective(lambda p, batch: batch["x"] @ p["fc"]["w"], jh.squared_error)
+      >>> batch = {"x": jnp.array([[1.0, 0.0], [0.0, 3.0]]), "label": jnp.ones((2, 1))}
+      >>> jh.example_traces(objective, {"fc": {"w": jnp.zeros((2, 1))}}, batch)["fc"]
+      array([1., 9.])
+
+    Reference: Papyan 2019, section 2 (G as a sum over examples).
+    """
+    problem = pose("ggn", objective, params, batch, has_aux)
+    rows = _independent_rows(problem)
+    found = _by_example(rows, problem.layers)
+    names = [layer.name for layer in problem.layers]
+    return dict(zip(names, found.T, strict=True)) | {"total": found.sum(1)}
+
+
+def _independent_rows(problem):
+    if problem.many:
+        raise TypeError("rows are those of one batch, not of Batches; give one batch")
+    rows = Rows.of(problem)
+    if rows.of_examples is None:
+        raise ValueError(
+            "the examples of the batch depend on each other, as by batch norm in training mode, so no part of the "
+            "curvature belongs to one of them; give a loss with fixed statistics"
+        )
+    return rows
+
+
+def ggn_diagonal(objective: Objective, params: PyTree, batch: PyTree, *, has_aux: bool = False) -> PyTree:
+    """The diagonal of G, exactly, from the rows of B' J.
+
+    G_jj = sum_r (B' J)_rj^2, over all examples and outputs r: one backward pass of an example for each of its outputs.
+
+    Args:
+      objective, params, has_aux: as for `hessian`; the criterion must be convex.
+      batch: one batch.
+
+    Returns:
+      A pytree like ``params``, at least in float32; zeros for parameters that the loss does not use.
+
+    Raises:
+      TypeError, ValueError: as `ggn_eigenvalues`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxhess as jh
+      >>> objective = jh.Objective(lambda w, batch: batch["x"] @ w, jh.squared_error)
+      >>> batch = {"x": jnp.array([[1.0, 2.0]]), "label": jnp.ones((1, 1))}
+      >>> jh.ggn_diagonal(objective, jnp.zeros((2, 1)), batch).ravel().round(4)
+      Array([2., 8.], dtype=float32)
+
+    Reference: Schraudolph 2002; Dangel, Kunstner and Hennig 2020, BackPACK (DiagGGNExact).
+    """
+    problem = pose("ggn", objective, params, batch, has_aux)
+    if problem.many:
+        raise TypeError("rows are those of one batch, not of Batches; give one batch")
+    rows, whole = Rows.of(problem), (problem.whole,)
+    total = sum(rows.squares_of_columns(whole, i) for i in range(rows.count))
+    flat = jax.tree.leaves(problem.params)
+    ends = np.cumsum([x.size for x in flat])
+    parts = [part.reshape(x.shape) for part, x in zip(jnp.split(total, ends[:-1]), flat, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(problem.params), parts)
+
+
+def ggn_eigenpairs(
+    objective: Objective,
+    params: PyTree,
+    batch: PyTree,
+    *,
+    k: int = 10,
+    layer: str | None = None,
+    max_bytes: int = 2**30,
+    progress: Callable[[int, int], None] | None = None,
+    has_aux: bool = False,
+) -> tuple[np.ndarray, PyTree, np.ndarray]:
+    """The largest eigenvalues of G, or of one layer's G_l, with their eigenvectors, from the Gram matrix.
+
+    An eigenvector u of the Gram matrix K = R R' of the rows R = B' J gives that of G = R' R: R' u / sqrt(lambda).
+
+    Args:
+      objective, params, batch, layer, max_bytes, progress, has_aux: as for `ggn_eigenvalues`.
+      k: number of pairs; fewer are returned where fewer are not zero.
+
+    Returns:
+      values (k,) descending; vectors, a pytree of (k, *leaf.shape) with orthonormal rows, like ``params`` or like
+      ``subtree(params, layer)``; residuals (k,): within each lies an eigenvalue.
+
+    Raises:
+      TypeError, ValueError: as `ggn_eigenvalues`; ValueError for k < 1.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxhess as jh
+      >>> objective = jh.Objective(lambda w, batch: batch["x"] @ w, jh.squared_error)
+      >>> batch = {"x": jnp.array([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0]]), "label": jnp.ones((2, 1))}
+      >>> values, vectors, residuals = jh.ggn_eigenpairs(objective, jnp.zeros((3, 1)), batch, k=1)
+      >>> values, abs(vectors).ravel()
+      (array([4.]), array([0., 1., 0.], dtype=float32))
+
+    Reference: Papyan 2019, section 2; Golub and Van Loan 2013, Matrix computations, section 8.6 (singular vectors).
+    """
+    check_count("k", k)
+    problem = pose("ggn", objective, params, batch, has_aux)
+    parts = problem.parts() if layer is None else (problem.layer(layer),)
+    grams, noise = gram_matrices(problem, parts, max_bytes, progress)
+    values, vectors = scipy.linalg.eigh(grams["total"])
+    keep = np.flatnonzero(values > 10 * own_eps(problem.params) * max(values[-1], 0))[::-1][:k]
+    values, vectors = values[keep], vectors[:, keep] / np.sqrt(values[keep])
+    rows, target = Rows.of(problem), problem.layer(layer)
+    found = np.zeros((len(keep), sum(x.size for x in target.arrays(problem.params))), np.float64)
+    for i in range(rows.count):
+        (mine,) = rows((target,), i)
+        found += vectors[i * rows.each : (i + 1) * rows.each].T @ to_host(mine).astype(np.float64)
+    leaves, ends = target.arrays(problem.params), np.cumsum([x.size for x in target.arrays(problem.params)])
+    split = zip(np.split(found, ends[:-1], axis=1), leaves, strict=True)
+    tree = target.unflatten([part.reshape(-1, *x.shape).astype(x.dtype) for part, x in split])
+    return values, tree, np.full(len(values), noise["total"] * values[0] if len(values) else 0.0)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhess._checks import at_least_float32, check_choice, is_traced
+from jaxhess._examples import independent_examples
 from jaxhess._programs import ends_in_softmax, rounding_of
 from jaxhess._slips import check_batch, check_parameters, hints
 from jaxhess._trees import full_precision, leaves_finite
@@ -89,6 +90,11 @@ class Problem:
     def outputs(self) -> jax.Array:
         """What ``predict`` says of the first batch."""
         return outputs_of(self.loss, self.params, self.first)
+
+    @cached_property
+    def of_examples(self) -> tuple[bool, ...] | None:
+        """Which arrays of the first batch hold an entry for each example; None where examples are not independent."""
+        return independent_examples(self.loss, self.params, self.first, self.outputs)
 
     def mean(self, function: Callable, args: Callable[[int | None], tuple]) -> PyTree:
         """The mean of ``function(params, batch, *args(number))`` over all examples; number is None for one batch."""

@@ -23,6 +23,7 @@ from jaxhess.gram import gram_eigenvalues, gram_rows
 from jaxhess.operators import block, linearize, product
 from jaxhess.problem import Problem, pose
 from jaxhess.spectra import Spectrum
+from jaxhess.traces import layers_without_h
 
 PyTree = Any
 _GRAM_ROWS = 2000
@@ -312,11 +313,5 @@ def _equal_to_ggn(problem, curvature, parts, key):
     """The names of those parts whose curvature is that of the GGN."""
     if curvature != "hessian":
         return set(parts) if curvature == "ggn" else set()
-    functional = linearize(product("functional", problem), like=problem.params)
-    key, found = jax.random.fold_in(key, _CHECK), set()
-    for name, (i, layer) in parts.items():
-        if layer is not problem.whole:
-            v = random_like(jax.random.fold_in(key, i), layer.take(problem.params))
-            if float(tree_norm(block(functional, layer, problem.params)(v))) == 0:
-                found.add(name)
-    return found
+    layers = tuple(layer for _, layer in parts.values() if layer is not problem.whole)
+    return layers_without_h(problem, layers, jax.random.fold_in(key, _CHECK))

@@ -13,11 +13,12 @@ import optax
 
 from jaxhess._checks import check_key
 from jaxhess._trees import tree_norm
+from jaxhess.estimates import Estimate, Plan
 from jaxhess.objective import NoFactorError, Objective
 from jaxhess.problem import pose
 from jaxhess.quadrature import Runs, spectra_of
 from jaxhess.spectra import Spectrum, count_outliers, outlier_range, wasserstein
-from jaxhess.traces import Estimate, Plan, traces_of
+from jaxhess.traces import traces_of
 
 PyTree = Any
 
@@ -249,9 +250,9 @@ def _traces(problem, curvature, exact, wanted, key, plan):
     def error(spec):
         return float(spec.residuals.max()) * len(spec.nodes) ** 0.5
 
-    found = {name: Estimate(spec.trace, error(spec), 0) for name, spec in exact.items()}
+    found = {name: Estimate(spec.trace, error(spec), 0, "exact") for name, spec in exact.items()}
     names = [layer.name for layer in problem.layers]
     if "total" not in found and set(names) <= set(found):
         parts = [found[name] for name in names]
-        found["total"] = Estimate(sum(p.mean for p in parts), sum(p.std_error**2 for p in parts) ** 0.5, 0)
+        found["total"] = Estimate(sum(p.mean for p in parts), sum(p.std_error**2 for p in parts) ** 0.5, 0, "exact")
     return found if set(wanted) <= set(found) else traces_of(problem, curvature, key, plan) | found

@@ -1,54 +1,33 @@
-"""Traces by random probes, each with its standard error: Hutchinson, and all layers at once."""
+"""Traces, each with its standard error: Hutchinson's of one operator, and those of all layers at once."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
+import jax.flatten_util
 import numpy as np
+import optax
 
-from jaxhess._checks import NotFiniteError, check_count, check_key, check_like, is_traced, standard_promotion
+from jaxhess._checks import check_choice, check_key, check_like, is_traced
 from jaxhess._diagnosis import why_not_finite
 from jaxhess._linear import as_linear
 from jaxhess._products import At
-from jaxhess._trees import draw_keys, fold_in, inner, map_rows, random_like, random_rows, sampler, squared_norm
+from jaxhess._rows import NoGramError
+from jaxhess._samples import FactorSamples, ProductSamples, Samples
+from jaxhess._trees import inner, random_like, random_rows, sampler, tree_norm
+from jaxhess.estimates import Estimate, Plan
+from jaxhess.gram import row_traces
 from jaxhess.layers import Layer
-from jaxhess.objective import Objective, factored
-from jaxhess.operators import product
+from jaxhess.objective import NoFactorError, Objective, factored
+from jaxhess.operators import block, linearize, product
 from jaxhess.problem import Problem, pose
 
 PyTree = Any
-_CHUNK = 8
-_LEAST = 8
-
-
-class Estimate(NamedTuple):
-    """A mean over probes with its standard error.
-
-    Attributes:
-      mean: scalar, the mean of the probes.
-      std_error: scalar, their standard deviation / sqrt(num_probes); NaN for a single probe.
-      num_probes: the number of probes; 0 for an exact value, whose ``std_error`` is its rounding.
-
-    Example:
-      >>> import jaxhess as jh
-      >>> print(jh.Estimate(12.3456, 0.0321, 64))
-      12.35 +- 0.032
-
-    Reference: Hutchinson 1990, A stochastic estimator of the trace of the influence matrix.
-    """
-
-    mean: jax.Array
-    std_error: jax.Array
-    num_probes: int
-
-    def __str__(self) -> str:
-        exact = isinstance(self.num_probes, int) and self.num_probes == 0 and self.std_error <= 1e-3 * abs(self.mean)
-        return f"{self.mean:.4g} {'exact' if exact else f'+- {self.std_error:.2g}'}"
+METHODS = ("auto", "hutchinson", "split", "exact")
+_PILOT = 8  # probes of Hess and of H that tell which varies less
 
 
 def trace(
@@ -61,7 +40,7 @@ def trace(
     rtol: float | None = None,
     atol: float | None = None,
     max_probes: int = 1024,
-    chunk_size: int = _CHUNK,
+    chunk_size: int = 8,
 ) -> Estimate:
     """Hutchinson's estimate of a trace: the mean of v' A v over random v with E[v v'] = I.
 
@@ -118,20 +97,21 @@ def layer_traces(
     key: jax.Array,
     num_probes: int = 64,
     curvature: str = "hessian",
+    method: str = "auto",
     probe: str = "rademacher",
     rtol: float | None = None,
     atol: float | None = None,
     max_probes: int = 1024,
-    chunk_size: int = _CHUNK,
+    chunk_size: int = 8,
     has_aux: bool = False,
 ) -> dict[str, Estimate]:
-    """The traces of every layer's block, and of the whole, from the same probes.
+    """The traces of every layer's block, and of the whole, each with its standard error.
 
-    "hessian" and "functional": with one probe v over all parameters, v_l . (A v)_l is unbiased for Tr(A_l) for
+    By probes, "hessian" and "functional": with one v over all parameters, v_l . (A v)_l is unbiased for Tr(A_l) for
     every layer at once, for one product of the whole net. "ggn": with B B' = S and random e over the outputs,
-    ||(J' B e)_l||^2 is unbiased for Tr(G_l), for one backward pass. Where the two traces agree (piecewise linear
-    nets with fixed batch statistics: H_l = 0), "ggn" is several times as precise and costs half. A criterion of one's
-    own whose S is neither diagonal nor that of a softmax, with more than 64 classes, is taken by products with G.
+    ||(J' B e)_l||^2 is unbiased for Tr(G_l), for one backward pass, summed over groups of examples where these do not
+    depend on each other. Exactly: Tr(G_l) = sum ||(J' b)_l||^2 over the columns b of B, one backward pass of an example
+    for each of its outputs. Tr(Hess_l) = Tr(G_l) + Tr(H_l), where H_l is zero in piecewise linear nets.
 
     Args:
       objective: a loss, or an `Objective` (which "ggn" and "functional" need).
@@ -141,6 +121,10 @@ def layer_traces(
       num_probes, probe, rtol, atol, max_probes, chunk_size: as for `trace`; a tolerance must hold for every layer
         and for the total.
       curvature: "hessian", "ggn" or "functional".
+      method: "hutchinson" for probes of that curvature alone. "exact": G from its rows, other curvatures column by
+        column, one product for each parameter. "split": Hess as G + H, with probes for those H_l that are not zero.
+        "auto": of G exact where an example has no more outputs than there are probes; of Hess the split where H_l is
+        zero, and where the first probes vary less by it; otherwise probes. ``Estimate.method`` says which it was.
       has_aux: as for `hessian`.
 
     Returns:
@@ -163,23 +147,32 @@ def layer_traces(
     propagation).
     """
     check_key(key)
+    check_choice("method", method, METHODS)
     problem = pose(curvature, objective, params, batch, has_aux)
     plan = Plan(num_probes, rtol, atol, max_probes, chunk_size)
-    return traces_of(problem, curvature, key, plan, probe)
+    return traces_of(problem, curvature, key, plan, probe, method)
 
 
 def traces_of(
-    problem: Problem, curvature: str, key: jax.Array, plan: Plan, probe: str = "rademacher"
+    problem: Problem, curvature: str, key: jax.Array, plan: Plan, probe: str = "rademacher", method: str = "auto"
 ) -> dict[str, Estimate]:
     """As `layer_traces`, of a `Problem`."""
-    criterion = factored(problem.loss.criterion, problem.outputs, problem.first) if curvature == "ggn" else None
-    if criterion is not None:
-        objective = Objective(problem.loss.predict, criterion)
-        samples: _Samples = _FactorSamples(objective, problem.layers, sampler(probe))
-    else:
-        product(curvature, problem)  # checks that there is one
-        samples = _ProductSamples(At(curvature, problem.loss, problem.whole), problem.layers, sampler(probe))
-    names = [*(layer.name for layer in problem.layers), "total"]
+    if method == "split" and curvature != "hessian":
+        raise ValueError(f"only the Hessian is split, into G and H; ask for {curvature!r} by another method")
+    if method == "exact":
+        return _exact(problem, curvature)
+    known = not is_traced(problem.params, problem.first)
+    if method == "auto" and curvature == "ggn" and known and _rows_are_cheap(problem, plan):
+        return _exact(problem, "ggn")
+    if curvature == "hessian" and (method == "split" or (method == "auto" and known and _splits(problem))):
+        return _split(problem, key, plan, probe, method)
+    return _by_probes(problem, curvature, problem.layers, key, plan, probe)
+
+
+def _by_probes(problem, curvature, layers, key, plan, probe):
+    """Of some layers, and of the sum over these."""
+    names = [*(layer.name for layer in layers), "total"]
+    samples = _samples(problem, curvature, layers, probe)
 
     def draw(keys):
         return problem.mean(samples, lambda number: (samples.keys_of_batch(keys, number),))
@@ -188,120 +181,113 @@ def traces_of(
     return dict(zip(names, plan.estimate(draw, why, key, names), strict=True))
 
 
+def _samples(problem, curvature, layers, probe) -> Samples:
+    criterion = factored(problem.loss.criterion, problem.outputs, problem.first) if curvature == "ggn" else None
+    if criterion is None:
+        product(curvature, problem)  # checks that there is one
+        return ProductSamples(At(curvature, problem.loss, problem.whole), layers, sampler(probe))
+    known = not is_traced(problem.params, problem.first)
+    objective = Objective(problem.loss.predict, criterion)
+    return FactorSamples(objective, layers, sampler(probe), problem.of_examples if known else None)
+
+
+# ---- exact ones ----
+
+
+def _exact(problem, curvature):
+    if curvature == "ggn":
+        found = row_traces(problem)
+    else:
+        found = {layer.name: _columns(product(curvature, problem), layer, problem.params) for layer in problem.layers}
+    estimates = {name: Estimate(value, error, 0, "exact") for name, (value, error) in found.items()}
+    total = sum(e.mean for e in estimates.values()), sum(e.std_error**2 for e in estimates.values()) ** 0.5
+    return estimates | {"total": Estimate(*total, 0, "exact")}
+
+
+def _columns(operator, layer, params):
+    """The trace of a layer's block, column by column, and its rounding."""
+    like = layer.take(params)
+    linear, size = block(operator, layer, params), optax.tree.size(like)
+    flat, unravel = jax.flatten_util.ravel_pytree(like)
+    entries = []
+    for i in range(size):
+        entries.append(float(jax.flatten_util.ravel_pytree(linear(unravel(flat.at[:].set(0).at[i].set(1))))[0][i]))
+    return sum(entries), float(np.finfo(np.float32).eps * np.linalg.norm(entries))
+
+
+def _rows_are_cheap(problem, plan):
+    """Whether an example has no more outputs than there are probes, and does not depend on others."""
+    if problem.outputs.ndim < 2 or problem.outputs[0].size > plan.num_probes or plan.adaptive:
+        return False
+    bytes_each = problem.outputs[0].size * sum(x.nbytes for x in jax.tree.leaves(problem.params))
+    return bytes_each <= 2**30 and problem.of_examples is not None
+
+
+# ---- Hess = G + H ----
+
+
+def _splits(problem):
+    """Whether G and H can be had one by one."""
+    if not isinstance(problem.loss, Objective):
+        return False
+    try:
+        return factored(problem.loss.criterion, problem.outputs, problem.first) is not None
+    except NoFactorError:
+        return False
+
+
+def _split(problem, key, plan, probe, method):
+    ggn_key, key = jax.random.split(key)
+    try:
+        ggn = traces_of(problem, "ggn", ggn_key, plan, probe, "auto")
+    except NoGramError:
+        ggn = traces_of(problem, "ggn", ggn_key, plan, probe, "hutchinson")
+    left = tuple(layer for layer in problem.layers if layer.name not in layers_without_h(problem, problem.layers, key))
+    if not left:
+        return {name: Estimate(*e, "split" if e.num_probes else "exact") for name, e in ggn.items()}
+    curvature = "functional"
+    if method == "auto":
+        curvature = min(("functional", "hessian"), key=lambda c: _spread(problem, c, left, key, probe, ggn))
+    rest = _by_probes(problem, curvature, left, key, plan, probe)
+    same = [ggn[layer.name] for layer in problem.layers if layer not in left]  # their H is zero
+    if curvature == "functional":
+        found = {layer.name: _sum([ggn[layer.name], rest[layer.name]]) for layer in left}
+        total = _sum([ggn["total"], rest["total"]])
+    else:
+        found, total = {layer.name: rest[layer.name] for layer in left}, _sum([*same, rest["total"]])
+    zero = {name: Estimate(*e, "split" if e.num_probes else "exact") for name, e in ggn.items()}
+    return {layer.name: found.get(layer.name, zero[layer.name]) for layer in problem.layers} | {"total": total}
+
+
+def _sum(estimates):
+    """Of independent estimates."""
+    error = sum(e.std_error**2 for e in estimates) ** 0.5
+    return Estimate(sum(e.mean for e in estimates), error, max(e.num_probes for e in estimates), "split")
+
+
+def _spread(problem, curvature, layers, key, probe, ggn):
+    """How much a few probes vary, summed over layers in units of their traces of G; with the errors of G if needed."""
+    plan = Plan(_PILOT, chunk_size=_PILOT)
+    found = _by_probes(problem, curvature, layers, jax.random.fold_in(key, 1), plan, probe)
+    units = {name: abs(float(ggn[name].mean)) or 1.0 for name in found}
+    own = sum((float(e.std_error) / units[name]) ** 2 for name, e in found.items())
+    of_g = sum((float(ggn[name].std_error) / units[name]) ** 2 for name in found) if curvature == "functional" else 0.0
+    return own + of_g
+
+
+def layers_without_h(problem: Problem, layers: tuple[Layer, ...], key: jax.Array) -> set[str]:
+    """The names of the layers in which H_l is zero: its product with a random vector is, in all digits."""
+    functional: Any = product("functional", problem)
+    if not problem.many:
+        functional = linearize(functional, like=problem.params)
+    found = set()
+    for i, layer in enumerate(layers):
+        v = random_like(jax.random.fold_in(key, i), layer.take(problem.params))
+        if float(tree_norm(block(functional, layer, problem.params)(v))) == 0:
+            found.add(layer.name)
+    return found
+
+
 @jax.jit
 def _dots(vectors, products):
     return jax.vmap(inner)(vectors, products)[:, None]
-
-
-# ---- samples of every layer's trace and of their sum: (probes,) keys -> (probes, layers + 1); static under jit ----
-
-
-@dataclasses.dataclass(frozen=True)
-class _ProductSamples:
-    """v_l . (A v)_l of a product with the whole net."""
-
-    at: At
-    layers: tuple[Layer, ...]
-    distribution: Callable
-
-    def keys_of_batch(self, keys, number):
-        """The same v for every batch: it is v' A v for the mean A."""
-        return keys
-
-    def __call__(self, params, batch, keys):
-        def one(key):
-            v = random_like(key, params, self.distribution)
-            product_v = self.at(params, batch, v)
-            return [inner(layer.arrays(v), layer.arrays(product_v)) for layer in self.layers]
-
-        return _with_total(map_rows(one, keys))
-
-
-@dataclasses.dataclass(frozen=True)
-class _FactorSamples:
-    """Squared norms of (J' B e)_l."""
-
-    objective: Objective
-    layers: tuple[Layer, ...]
-    distribution: Callable
-
-    def keys_of_batch(self, keys, number):
-        """A fresh draw for each batch: the estimate is a sum over examples."""
-        return keys if number is None else jax.vmap(fold_in, (0, None))(keys, number)
-
-    def __call__(self, params, batch, keys):
-        outputs, pull = jax.vjp(lambda p: self.objective.predict(p, batch), params)
-
-        def one(key):
-            noise = self.distribution(key, outputs.shape, outputs.dtype)
-            (gradient,) = pull(self.objective.criterion.factor_product(outputs, batch, noise))
-            return [squared_norm(layer.arrays(gradient)) for layer in self.layers]
-
-        return _with_total(jax.vmap(one)(keys))
-
-
-_Samples = _ProductSamples | _FactorSamples
-
-
-@standard_promotion
-def _with_total(parts):
-    parts = jnp.stack(parts, axis=1)
-    return jnp.concatenate([parts, parts.sum(1, keepdims=True)], axis=1)
-
-
-# ---- means, standard errors, and when to stop ----
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How many probes to draw; arguments as for `trace`."""
-
-    num_probes: int = 64
-    rtol: float | None = None
-    atol: float | None = None
-    max_probes: int = 1024
-    chunk_size: int = _CHUNK
-
-    def __post_init__(self):
-        check_count("num_probes", self.num_probes)
-        check_count("chunk_size", self.chunk_size)
-        check_count("max_probes", self.max_probes)
-        if not min(self.rtol or 0, self.atol or 0) >= 0:
-            raise ValueError(f"tolerances must not be negative, got rtol={self.rtol}, atol={self.atol}")
-
-    @property
-    def adaptive(self) -> bool:
-        """Whether a tolerance decides."""
-        return self.rtol is not None or self.atol is not None
-
-    def estimate(self, draw: Callable, why: Callable, key: jax.Array, names: Sequence[str]) -> list[Estimate]:
-        """From ``draw(keys) -> (len(keys), quantities)``, in equal chunks of keys; ``why()`` one is not finite."""
-        # The standard error of a handful of probes is too often small by chance.
-        least = max(self.num_probes, min(_LEAST, self.max_probes)) if self.adaptive else self.num_probes
-        limit = max(least, self.max_probes) if self.adaptive else least
-        chunk = -(-least // -(-least // self.chunk_size))  # equal chunks: one shape, one compilation
-        samples = np.zeros((0, len(names)))
-        while True:
-            new = draw(draw_keys(key, len(samples), chunk))
-            if is_traced(new):
-                if self.adaptive:
-                    raise TypeError("a stopping rule reads values and cannot run under jit; leave out rtol, atol")
-                return _estimates(jax.lax.map(lambda k: draw(k[None])[0], draw_keys(key, 0, least), batch_size=chunk))
-            samples = np.concatenate([samples, np.asarray(new, np.float64)])
-            if not np.isfinite(samples[-chunk:]).all():
-                bad = [name for name, column in zip(names, samples.T, strict=True) if not np.isfinite(column).all()]
-                raise NotFiniteError(f"probes gave values that are not finite for {bad}: {why()}")
-            if len(samples) < least:
-                continue
-            estimates = _estimates(samples[:limit])  # at most a chunk too many were drawn
-            if not self.adaptive or len(samples) >= limit or all(map(self._met, estimates)):
-                return estimates
-
-    def _met(self, estimate):
-        return estimate.std_error <= max(self.atol or 0.0, (self.rtol or 0.0) * abs(estimate.mean))
-
-
-def _estimates(samples):
-    xp, count = (np if isinstance(samples, np.ndarray) else jnp), samples.shape[0]
-    errors = samples.std(0, ddof=1) / count**0.5 if count > 1 else xp.full(samples.shape[1:], xp.nan)
-    return [Estimate(mean, error, count) for mean, error in zip(samples.mean(0), errors, strict=True)]

@@ -24,13 +24,16 @@ ALLOWED = {"jax", "numpy", "scipy", "optax"}
 
 # Each floor may import those above it only.
 FLOORS = [
-    {"_checks", "_order", "_programs", "_slips", "_softmax", "_versions"},
+    {"_checks", "_order", "_programs", "_slips", "_softmax", "_versions", "_weights"},
     {"_factor", "_trees", "batches", "spectra"},
-    {"_linear", "layers", "objective"},
-    {"_examples", "_lanczos", "_products", "criteria", "problem"},
-    {"_diagnosis", "_noise", "regularizer"},
-    {"eigenpairs", "gram", "operators", "transform"},
-    {"classes", "quadrature", "traces"},
+    {"_linear", "estimates", "layers", "objective"},
+    {"_examples", "_lanczos", "_products", "criteria"},
+    {"_noise", "_samples", "diagonals", "problem"},
+    {"_diagnosis", "eigenpairs", "regularizer"},
+    {"_rows", "operators", "transform"},
+    {"gram"},
+    {"classes", "interactions", "traces"},
+    {"quadrature"},
     {"summary"},
     {"monitor", "plot"},
 ]

@@ -1,0 +1,105 @@
+"""Samples of every layer's trace and of their sum: (probes,) keys -> (probes, layers + 1), static under ``jit``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxhess._checks import standard_promotion
+from jaxhess._products import At
+from jaxhess._trees import fold_in, inner, map_rows, random_like, squared_norm
+from jaxhess.layers import Layer
+from jaxhess.objective import Objective
+
+PyTree = Any
+_GROUPS = 16  # of examples: with more of them the noise between examples is no longer felt
+_GROUP_BYTES = 2**28  # for the gradients of all groups and probes
+
+
+@dataclasses.dataclass(frozen=True)
+class ProductSamples:
+    """v_l . (A v)_l of a product with the whole net."""
+
+    at: At
+    layers: tuple[Layer, ...]
+    distribution: Callable
+
+    def keys_of_batch(self, keys, number):
+        """The same v for every batch: it is v' A v for the mean A."""
+        return keys
+
+    def __call__(self, params, batch, keys):
+        def one(key):
+            v = random_like(key, params, self.distribution)
+            product_v = self.at(params, batch, v)
+            return [inner(layer.arrays(v), layer.arrays(product_v)) for layer in self.layers]
+
+        return _with_total(map_rows(one, keys))
+
+
+@dataclasses.dataclass(frozen=True)
+class FactorSamples:
+    """Squared norms of (J' B e)_l, summed over groups of examples where these do not depend on each other.
+
+    The squared norm for the whole batch carries the products between examples too, of mean zero: noise.
+    """
+
+    objective: Objective
+    layers: tuple[Layer, ...]
+    distribution: Callable
+    of_examples: tuple[bool, ...] | None = None  # which arrays of the batch hold an entry for each example
+
+    def keys_of_batch(self, keys, number):
+        """A fresh draw for each batch: the estimate is a sum over examples."""
+        return keys if number is None else jax.vmap(fold_in, (0, None))(keys, number)
+
+    def __call__(self, params, batch, keys):
+        outputs = self.objective.predict(params, batch)
+
+        def one(key):
+            noise = self.distribution(key, outputs.shape, outputs.dtype)
+            return self.objective.criterion.factor_product(outputs, batch, noise)
+
+        cotangents = jax.vmap(one)(keys)
+        count = self._groups(params, outputs, len(keys))
+        if count == 1:
+            return _with_total(self._norms(params, batch, cotangents))
+        cut = jnp.moveaxis(cotangents.reshape(len(keys), count, -1, *outputs.shape[1:]), 1, 0)
+        leaves, treedef = jax.tree.flatten(batch)
+        split = [
+            x.reshape(count, -1, *x.shape[1:]) if mine else x for x, mine in zip(leaves, self.of_examples, strict=True)
+        ]
+        axes = jax.tree.unflatten(treedef, [0 if mine else None for mine in self.of_examples])
+        parts = jax.vmap(self._norms, (None, axes, 0))(params, jax.tree.unflatten(treedef, split), cut)
+        return _with_total([part.sum(0) for part in parts])
+
+    def _norms(self, params, batch, cotangents):
+        """For each layer (probes,)."""
+        pull = jax.vjp(lambda p: self.objective.predict(p, batch), params)[1]
+
+        def one(cotangent):
+            (gradient,) = pull(cotangent)
+            return [squared_norm(layer.arrays(gradient)) for layer in self.layers]
+
+        return jax.vmap(one)(cotangents)
+
+    def _groups(self, params, outputs, num_probes):
+        """How many groups of one size: as many as fit, up to `_GROUPS`."""
+        if self.of_examples is None:
+            return 1
+        bytes_each = num_probes * sum(x.nbytes for x in jax.tree.leaves(params))
+        most = min(_GROUPS, _GROUP_BYTES // max(1, bytes_each))
+        return next((g for g in range(most, 1, -1) if len(outputs) % g == 0), 1)
+
+
+Samples = ProductSamples | FactorSamples
+
+
+@standard_promotion
+def _with_total(parts):
+    parts = jnp.stack(parts, axis=1)
+    return jnp.concatenate([parts, parts.sum(1, keepdims=True)], axis=1)
