@@ -1,8 +1,8 @@
 """Layers of a parameter tree: names, network order, subtrees.
 
 A layer is a module that owns arrays, named by its path: "conv1", "block2/conv1". An array at the root of the tree
-belongs to no named module and is a layer under its own key. Layers that ``lax.scan`` runs over share one array; each is a
-slice of it, written with its index: "blocks[3]/attn".
+belongs to no named module and is a layer under its own key. Layers that ``lax.scan`` runs over share one array; each
+is a slice of it, written with its index: "blocks[3]/attn".
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ def find_layers(params: PyTree, names: Sequence[str], modules: Modules | None = 
         )
     if "total" in names:
         raise ValueError(
-            "'total' names the result of the whole net, which is always included, and is not a layer; leave it out "
+            "'total' names the result of the whole net, which is always included, and is no layer; leave it out "
             "of the names, and rename a module of this name"
         )
     modules = modules_of(params) if modules is None else modules
