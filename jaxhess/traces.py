@@ -70,14 +70,14 @@ def trace(
     Args:
       operator: v -> A v, as from `hessian`; traceable by JAX, or over `Batches`.
       like: a pytree of arrays like v.
-      key: a JAX random key; the same key gives the same probes, and more probes begin with the fewer.
-      num_probes: number of probes; with a tolerance, the least number (and not below 8: the standard error of
-        fewer is too often small by chance).
+      key: a JAX random key; the same key gives the same probes, and a longer run begins with those of a shorter one.
+      num_probes: number of probes; with a tolerance, the smallest number (at least 8: with fewer, the standard error
+        is too often small by chance).
       probe: "rademacher" or "gaussian".
       rtol, atol: with either, probes are added until the standard error is at most max(atol, rtol * |mean|), or
-        ``max_probes`` is reached. The standard error of the result tells which.
+        ``max_probes`` is reached. The standard error of the result tells which happened.
       max_probes: largest number of probes under a tolerance.
-      chunk_size: probes at a time; memory is that of so many products.
+      chunk_size: probes computed at a time; they take the memory of as many products.
 
     Returns:
       `Estimate` of scalars. Works under ``jit`` without tolerances.
@@ -85,7 +85,7 @@ def trace(
     Raises:
       ValueError: for fewer than one probe, an unknown probe, a negative tolerance, an empty ``like``, or a product that
         is not finite.
-      TypeError: for a key that is none, or a tolerance under ``jit``.
+      TypeError: if ``key`` is not a JAX random key, or for a tolerance under ``jit``.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxhess as jh
@@ -125,13 +125,13 @@ def layer_traces(
     chunk_size: int = _CHUNK,
     has_aux: bool = False,
 ) -> dict[str, Estimate]:
-    """The traces of every layer's block, and of the whole, from the same probes.
+    """The traces of every layer's block, and of the whole net, from the same probes.
 
     "hessian" and "functional": with one probe v over all parameters, v_l . (A v)_l is unbiased for Tr(A_l) for
     every layer at once, for one product of the whole net. "ggn": with B B' = S and random e over the outputs,
     ||(J' B e)_l||^2 is unbiased for Tr(G_l), for one backward pass. Where the two traces agree (piecewise linear
-    nets with fixed batch statistics: H_l = 0), "ggn" is several times as precise and costs half. A criterion of one's
-    own whose S is neither diagonal nor that of a softmax, with more than 64 classes, is taken by products with G.
+    nets with fixed batch statistics: H_l = 0), "ggn" is several times as precise and costs half. Products with G
+    are used for your own criterion with more than 64 classes if its S is neither diagonal nor that of a softmax.
 
     Args:
       objective: a loss, or an `Objective` (which "ggn" and "functional" need).
@@ -144,8 +144,8 @@ def layer_traces(
       has_aux: as for `hessian`.
 
     Returns:
-      {layer: Estimate} in network order, and "total" with the standard error of the sum: layers share probes, so
-      that it is not the root of the sum of squares.
+      {layer: Estimate} in network order, and "total" with the standard error of the sum. Layers share probes, so
+      it is not the root of the sum of squares.
 
     Raises:
       TypeError, ValueError: as `hessian` and `trace`; ValueError for "ggn" with a criterion that is not convex.
