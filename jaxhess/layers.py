@@ -179,7 +179,7 @@ def _names_of(uses, params):
         owner = owners[leaf]
         if owner not in siblings:
             names[_name(owner)] = _name(owner)
-        elif index is not None:  # if it is also used as a whole, as in a weight penalty, the slices are still the layers
+        elif index is not None:  # even if it is used as a whole too, as in a weight penalty
             module = _common_prefix([owners[i] for i in siblings[owner]]) or owner
             rest = [_name(owner[len(module) :])] if owner != module else []
             names["/".join([f"{_name(module)}[{index}]", *rest])] = _name(owner)

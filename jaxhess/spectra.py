@@ -303,10 +303,10 @@ def count_outliers(spec_or_values: Spectrum | np.ndarray, *, method: str = "gap"
     that l_k / l_{k+1} is at least 1.5; else the upper group is split again, since a bulk is split in its middle where
     the outliers are few.
 
-    If most eigenvalues are zero, as in G of a large net, the mean is no useful bound, and the steep fall of the smallest
-    positive eigenvalues is not the border of a bulk. Then at most half of the positive eigenvalues are candidates, or
-    ten, if that is more. If no ratio among these is large enough and all positive eigenvalues are above the mean, all
-    of them stand apart from the zeros.
+    If most eigenvalues are zero, as in G of a large net, the mean is no useful bound, and the steep fall of the
+    smallest positive eigenvalues is not the border of a bulk. Then at most half of the positive eigenvalues are
+    candidates, or ten, if that is more. If no ratio among these is large enough and all positive eigenvalues are above
+    the mean, all of them stand apart from the zeros.
 
     "gap" uses one ratio, so it finds only some of the outliers if they lie as far from each other as from the bulk;
     "profile" finds all of them. It needs outliers that are closer together than their distance to the bulk. Both find
