@@ -189,7 +189,7 @@ class CrossEntropy(_Labelled):
         if weights is not None:
             weights = xp.asarray(weights)
             if not (xp.min(weights) >= 0 and 0 < xp.sum(weights) < np.inf):
-                raise ValueError("the weights of rows must be finite, not negative, and not all zero; check weights=")
+                raise ValueError("the weights of rows are negative, not finite or all zero; give weights >= 0")
         if checked.ndim == len(outputs.shape):
             if not (xp.min(labels) >= 0 and xp.max(labels) < np.inf):
                 raise ValueError("soft labels must be finite and not negative; give probabilities of the classes")
