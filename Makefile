@@ -4,33 +4,33 @@ BIN = $(VENV)/bin
 
 .PHONY: help demo test test-all test-oldest test-newest lint docs docs-serve notebooks gpu clean
 
-help:  ## what there is
+help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
 
 demo: $(VENV)/experiments  ## train a small net on real digits, measure every layer, draw it
 	$(BIN)/python -m experiments.run demo
 
-test: $(VENV)/test  ## the tests; real data sets too where JAXHESS_DATA_DIR says where they are
+test: $(VENV)/test  ## run the tests, about twenty minutes; with JAXHESS_DATA_DIR also those on real data sets
 	$(BIN)/python -m pytest -n 2 --max-worker-restart 0 --dist loadfile -m "not slow"
 
-test-all: $(VENV)/test  ## the tests with the slow, full-size ones
+test-all: $(VENV)/test  ## run the tests, the slow ones at full size included
 	$(BIN)/python -m pytest -n 2 --max-worker-restart 0 --dist loadfile
 
-test-oldest:  ## the library's tests on the oldest JAX that setup.cfg admits, in an environment of its own
+test-oldest:  ## test the library on the oldest JAX that setup.cfg admits, in its own environment
 	.ci/library oldest
 
-test-newest:  ## and on the newest JAX and Python
+test-newest:  ## test the library on the newest JAX and Python, in its own environment
 	.ci/library newest
 
-lint: $(VENV)/lint  ## ruff and mypy
+lint: $(VENV)/lint  ## run ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(VENV)/docs  ## the documentation as a site, in build/site; any warning is an error
+docs: $(VENV)/docs  ## build the documentation in build/site; any warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-docs-serve: $(VENV)/docs  ## the same in a browser, renewed as files change
+docs-serve: $(VENV)/docs  ## serve the documentation and rebuild it when a file changes
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
 
 notebooks: $(VENV)/test  ## run the notebooks and keep their figures in docs/figures
@@ -38,7 +38,7 @@ notebooks: $(VENV)/test  ## run the notebooks and keep their figures in docs/fig
 
 RUN = $(BIN)/python -m experiments.run
 
-gpu: $(VENV)/experiments  ## with an NVIDIA GPU and JAXHESS_DATA_DIR: speed, figure 1, tables 1 and 4 at full size; resumes
+gpu: $(VENV)/experiments  ## measure speed, figure 1, tables 1 and 4 at full size; needs a GPU and JAXHESS_DATA_DIR; resumes
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -c 'import jax; assert jax.default_backend() == "gpu", f"JAX sees no GPU, only {jax.devices()}"'
 	for model in lenet vgg11 resnet18; do $(RUN) bench model=$$model batch_size=256 out=runs/gpu-bench-$$model || exit; done
@@ -47,12 +47,12 @@ gpu: $(VENV)/experiments  ## with an NVIDIA GPU and JAXHESS_DATA_DIR: speed, fig
 	for model in vgg11 resnet18; do \
 		$(RUN) table4 model=$$model dataset=cifar10 && $(RUN) table1 model=$$model dataset=cifar10 trials=5 || exit; done
 
-# One stamp for each set of extras, renewed when the metadata changes.
+# One stamp file for each set of extras, renewed when the metadata changes.
 $(VENV)/%: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "jaxhess needs Python 3.11 or later: make PYTHON=python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$*]"
 	@touch $@
 
-clean:  ## remove the environment and caches
+clean:  ## remove the environments and caches
 	rm -rf $(VENV) .venv-oldest .venv-newest .cache .pytest_cache .ruff_cache .mypy_cache build *.egg-info

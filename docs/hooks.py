@@ -20,8 +20,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 # The reference: {page: (title, names on the library's face)}. Each public name is on exactly one page.
 REFERENCE = {
     "summary": ("Summary", ["summarize", "Summary", "Record"]),
-    "operators": ("Curvature operators", ["hessian", "ggn", "functional_hessian", "linearize"]),
-    "traces": ("Traces", ["trace", "layer_traces", "Estimate"]),
+    "operators": ("Curvature operators", ["hessian", "ggn", "functional_hessian", "linearize", "aslinearoperator"]),
+    "traces": ("Traces", ["trace", "layer_traces", "Estimate", "diagonal"]),
     "spectra": ("Spectra", ["spectrum", "layer_spectra", "Spectrum"]),
     "eigenpairs": ("Eigenpairs", ["top_eigenpairs", "lanczos", "Tridiagonal"]),
     "distances": (
@@ -30,35 +30,39 @@ REFERENCE = {
     ),
     "ggn": (
         "Gauss-Newton matrix and classes",
-        ["ggn_eigenvalues", "class_structure", "layer_class_structures", "ClassStructure"],
+        [
+            "ggn_eigenvalues",
+            "ggn_eigenpairs",
+            "ggn_diagonal",
+            "example_traces",
+            "class_structure",
+            "layer_class_structures",
+            "ClassStructure",
+        ],
     ),
+    "interactions": ("Layer interactions", ["layer_interactions", "Interactions"]),
     "regulariser": ("Regulariser", ["add_hessian_trace", "hessian_trace_penalty", "HessianTraceState"]),
-    "objectives": ("Objectives", ["Objective", "cross_entropy", "CrossEntropy", "squared_error", "SquaredError"]),
+    "objectives": (
+        "Objectives",
+        ["Objective", "cross_entropy", "CrossEntropy", "squared_error", "SquaredError", "Criterion"],
+    ),
     "batches": ("Batches", ["Batches"]),
     "layers": ("Layers", ["layer_names", "middle_layers", "subtree"]),
 }
 # Public modules, {page: (title, module)}; their own public names are their reference.
-MODULES: dict[str, tuple[str, str]] = {
-    # "plot": ("Plot", "jaxhess.plot"),
-    # "monitor": ("Monitor", "jaxhess.monitor"),
-}
+MODULES = {"plot": ("Plot", "jaxhess.plot"), "monitor": ("Monitor", "jaxhess.monitor")}
 PAGES = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 MATHJAX = "mathjax/static/mathjax/"  # inside the package django-static-mathjax, of which Django needs nothing here
 _LINK = re.compile(r"\]\(([^)#]*)(#[^)]*)?\)")
 
 
-def public_names() -> dict[str, str]:
-    """{name on the library's face: path of its definition}, as ``jaxhess/__init__.py`` imports them."""
-    found: dict[str, str] = {}
+def public_names() -> list[str]:
+    """The names on the library's face, as ``jaxhess/__init__.py`` imports them."""
+    found: list[str] = []
     for node in ast.parse((ROOT / "jaxhess" / "__init__.py").read_text()).body:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jaxhess."):
-            found |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            found += [alias.asname or alias.name for alias in node.names]
     return found
-
-
-def path_of(name: str) -> str:
-    """The path under which a public name is documented: that of its definition if a module has the same name."""
-    return public_names()[name] if (ROOT / "jaxhess" / f"{name}.py").exists() else f"jaxhess.{name}"
 
 
 def on_config(config):
@@ -156,7 +160,7 @@ def reference() -> dict[str, str]:
 
 
 def _entry(name: str) -> str:
-    return f"::: {path_of(name)}\n    options:\n      heading: {name}\n"
+    return f"::: jaxhess.{name}\n    options:\n      heading: {name}\n"
 
 
 def mathjax() -> list[pathlib.Path]:
@@ -177,11 +181,10 @@ class Docstrings(griffe.Extension):
     """Reads "Example:" as the code that it is, and names of the face as links."""
 
     def __init__(self) -> None:
-        self._paths = {name: path_of(name) for name in public_names()}
-        self._names = re.compile(rf"(?<!`)`({'|'.join(self._paths)})`(?!`)")
+        self._names = re.compile(rf"(?<!`)`({'|'.join(public_names())})`(?!`)")
 
     def on_object(self, *, obj: griffe.Object, **kwargs) -> None:
         """Rewrites the docstring of a function, class or module."""
         if obj.docstring:
             text = re.sub(r"^(\s*)Example:$", r"\1Examples:", obj.docstring.value, flags=re.MULTILINE)
-            obj.docstring.value = self._names.sub(lambda match: f"[`{match[1]}`][{self._paths[match[1]]}]", text)
+            obj.docstring.value = self._names.sub(r"[`\1`][jaxhess.\1]", text)

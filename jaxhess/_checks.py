@@ -1,4 +1,4 @@
-"""Checks of what users give, with errors that say what to write instead."""
+"""Checks of arguments, with errors that say what to write instead."""
 
 import functools
 import reprlib

@@ -37,8 +37,8 @@ class Tridiagonal(NamedTuple):
 
     Attributes:
       alphas: (m,), the diagonal of T = Q' A Q.
-      betas: (m,), the off-diagonal; the last is the norm of the remainder r, 0 where the recurrence broke down.
-      num_steps: the steps that count; fewer than asked for after a breakdown or beyond the dimension.
+      betas: (m,), the off-diagonal; the last is the norm of the remainder r, 0 if the recurrence broke down.
+      num_steps: the number of valid steps: at most the dimension, and fewer after a breakdown.
       basis: pytree of (m, *leaf.shape), orthonormal rows; None without reorthogonalisation.
 
     Example:
@@ -65,32 +65,32 @@ def lanczos(
     restart_key: jax.Array | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tridiagonal:
-    """Lanczos's recurrence from a start vector.
+    """The Lanczos recurrence from a start vector.
 
-    With ``reorthogonalize`` each new vector is orthogonalised twice against all earlier ones, and Ritz values have
-    no ghosts; memory is that of ``num_steps`` vectors. Without, three vectors are held: enough for a density, for
-    ghost copies share the weight of the eigenvalue that they copy.
+    With ``reorthogonalize``, each new vector is orthogonalised twice against all earlier ones, so Ritz values have no
+    ghost copies. This takes the memory of ``num_steps`` vectors. Without it, three vectors are kept. That is enough for
+    a density, because ghost copies share the weight of the eigenvalue that they copy.
 
-    Outside ``jit`` it is a host loop over a compiled step, which is the quicker form on a CPU (convolutions inside
-    a compiled loop run several times slower there) and stops at a breakdown. Under ``jit`` it becomes a compiled
-    loop; steps after a breakdown then count as zeros, and ``num_steps`` of the result says how many are real.
+    Outside ``jit``, a host loop runs a compiled step. On CPUs this is faster, because convolutions inside a compiled
+    loop run several times slower, and it stops at a breakdown. Under ``jit``, the loop is compiled too. Steps after a
+    breakdown are then zeros, and ``num_steps`` of the result is the number of valid steps.
 
     Args:
       operator: a symmetric v -> A v; over `Batches` only outside ``jit``.
       start: a pytree of floating-point arrays, not zero; it need not be normalised.
       num_steps: steps; at most the dimension are taken.
-      reorthogonalize: keep and use the basis; "host" keeps it in the host's memory, in numpy, for what the device
-        cannot hold: its steps wait for the transfers.
-      restart_key: with a JAX random key, a breakdown (an invariant subspace is exhausted) continues with a random
-        vector orthogonal to the basis, which finds repeated eigenvalues; needs the basis.
+      reorthogonalize: whether the basis is kept and used. "host" keeps it in host memory, in numpy, if it does not fit
+        on the device; steps then wait for the transfers.
+      restart_key: a JAX random key. With it, the recurrence goes on after a breakdown (an exhausted invariant subspace)
+        with a random vector orthogonal to the basis, and so finds repeated eigenvalues. This needs the basis.
       progress: ``progress(done, num_steps)``, called after each step of the host loop.
 
     Returns:
       `Tridiagonal`.
 
     Raises:
-      ValueError: for fewer than one step, an empty start, a restart without a basis, another word than "host", or
-        (outside ``jit``) a start vector that is zero or a product that is not finite.
+      ValueError: for fewer than one step, an empty start, a restart without a basis, another string than "host",
+        or (outside ``jit``) a start vector that is zero or a product that is not finite.
 
     Example:
       >>> import jax.numpy as jnp, jaxhess as jh
@@ -157,8 +157,8 @@ def ritz(alphas: ArrayLike, betas: ArrayLike) -> tuple[np.ndarray, np.ndarray, n
 
     The residual of A y - theta y is |beta_m s_m|, where s_m is the last entry of the eigenvector: some eigenvalue of A
     lies within it of the Ritz value theta. 30 eps max |theta| is added, in the precision of ``alphas``, for the
-    rounding of the products; what an operator rounds more coarsely than that only its products can show. In float64,
-    on the host.
+    rounding of the products. Coarser rounding inside an operator shows only in its products. Computed in float64, on
+    the host.
 
     Args:
       alphas, betas: (m,) as in `Tridiagonal`.
@@ -265,12 +265,12 @@ class _Basis(NamedTuple):
     rows: PyTree
 
     def remainder(self, state, product):
-        """The product without its parts along the basis and the last vector, which are all of T's new column."""
+        """The product without its components along the basis and the last vector, which are the new column of T."""
         once = _orthogonalize(self.rows, state.vector, product)
         return _orthogonalize(self.rows, state.vector, once)  # twice is enough (Parlett 1998, 6.9)
 
     def fresh(self, state, key):
-        """A random unit vector orthogonal to the basis and the last vector; zero where they span the space."""
+        """A random unit vector orthogonal to the basis and the last vector; zero if they span the space."""
         drawn = random_like(key, state.vector)
         drawn = jax.tree.map(lambda x, rows: np.asarray(x) if isinstance(rows, np.ndarray) else x, drawn, self.rows)
         size = optax.tree.norm(drawn)
@@ -280,7 +280,7 @@ class _Basis(NamedTuple):
         return optax.tree.scale(jnp.where(ok, 1 / jnp.where(ok, norm, 1), 0), vector)
 
     def write(self, vector, step):
-        """The basis with one row more, in place."""
+        """The basis with one more row, in place."""
         if not isinstance(jax.tree.leaves(self.rows)[0], np.ndarray):
             return _write(self, vector, step)
         for rows, x in zip(jax.tree.leaves(self.rows), jax.tree.leaves(vector), strict=True):
@@ -295,7 +295,7 @@ def _write(basis, vector, step):
 
 
 class _LastVector(NamedTuple):
-    """The vector before the last alone: the recurrence of three terms."""
+    """Only the vector before the last: the three-term recurrence."""
 
     previous: PyTree
 
@@ -313,7 +313,7 @@ class _LastVector(NamedTuple):
 
 
 def _empty_basis(vector, num_steps, where):
-    """Zeros for so many vectors, on the host or each spread over devices as this one is."""
+    """Zeros for ``num_steps`` vectors, on the host, or each sharded over devices like this one."""
 
     def zeros(x):
         if where == "host":
@@ -329,8 +329,8 @@ def _empty_basis(vector, num_steps, where):
 
 @full_precision
 def _orthogonalize(basis, last, vector):
-    """The vector less its projection onto the rows of the basis and onto the last vector, not yet a row."""
-    # Methods and operators alone, so that what is in numpy stays there.
+    """The vector minus its projections onto the rows of the basis and the last vector, which is not yet a row."""
+    # Only methods and operators, so that numpy arrays stay in numpy.
     triples = list(zip(*map(jax.tree.leaves, (basis, last, vector)), strict=True))
     flat = [rows.reshape(len(rows), x.size) for rows, _, x in triples]
     coefficients = sum(rows @ x.ravel() for rows, (_, _, x) in zip(flat, triples, strict=True))

@@ -37,7 +37,7 @@ class Linear:
         return _stacked(Partial(self, *args[:-1]), args[-1])
 
     def perturbed(self, key: jax.Array, size: float, *args: Any) -> Partial | None:
-        """The operator at parameters that are moved by a relative ``size``; None where there are none to move."""
+        """The operator at parameters that are moved by a relative ``size``; None if it has none."""
         return None
 
     def rounding(self, *args: Any) -> float:

@@ -1,4 +1,4 @@
-"""How far the products of an operator can be trusted: what they do not repeat, and what rounding does to them.
+"""How far the products of an operator can be trusted: how well they repeat, and how rounding changes them.
 
 Lanczos's residuals count what Lanczos left undone, as if products were exact. Here a few further products, at Ritz
 vectors, tell what the products themselves are worth: A y - lambda y against the residual that the recurrence claims
@@ -25,13 +25,13 @@ _REFUSED = 1e-2  # of the largest eigenvalue: what products may fail to repeat a
 
 
 class Run(NamedTuple):
-    """Where the noise of products is looked at.
+    """Where the noise of products is measured.
 
     Attributes:
       values: (k,) Ritz values.
       vectors: their Ritz vectors, a pytree of (k, ...).
-      residuals: (k,) what the recurrence claims for the norm of A y - lambda y; None where it kept no basis, and the
-        vectors are random.
+      residuals: (k,) the norms of A y - lambda y according to the recurrence; None if it kept no basis, and the vectors
+        are random.
     """
 
     values: np.ndarray
@@ -40,7 +40,7 @@ class Run(NamedTuple):
 
 
 def ritz_run(found: Tridiagonal, vectors_of: Sequence[int] | None = None) -> Run:
-    """The Ritz pairs of these numbers, by default the two extreme ones, with what the recurrence claims of them."""
+    """The Ritz pairs with these indices, by default the two extreme ones, with the residuals from the recurrence."""
     values, coefficients, _ = ritz(found.alphas, found.betas)
     some = sorted({0, len(values) - 1} if vectors_of is None else set(vectors_of))
     claimed = np.abs(np.float64(found.betas[-1]) * coefficients[-1, some])
@@ -50,7 +50,7 @@ def ritz_run(found: Tridiagonal, vectors_of: Sequence[int] | None = None) -> Run
 def noise(
     product: Any, wrap: Callable[[Partial, str], Callable], runs: Mapping[str, Run], like: PyTree, key: jax.Array
 ) -> dict[str, float]:
-    """What every residual of a run has to be increased by, for the runs of one product.
+    """How much to add to the residuals of each run, for the runs of one product.
 
     Args:
       product: the operator that all runs come from.

@@ -1,6 +1,6 @@
 """Network order: parameters and data followed through the jaxpr of a loss.
 
-Shapes tell what an inner jaxpr is for, since other versions of JAX give other names to the parameters that say so.
+The purpose of an inner jaxpr is read off its shapes, because versions of JAX name the parameters differently.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _walk(jaxpr, tags, uses):
 def _inner(eqn, ins, uses):
     """The tags of the outputs of an operation that holds jaxprs of its own, or None.
 
-    Shapes tell what a jaxpr is for. The parameters that say so have other names in other versions of JAX.
+    The purpose of a jaxpr is read off its shapes, because versions of JAX name the parameters differently.
     """
     name, jaxprs = eqn.primitive.name, _opened(eqn.params.values())
     if name == "scan" and (scan := _read_scan(eqn, jaxprs)):

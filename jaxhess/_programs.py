@@ -40,10 +40,10 @@ def used_inputs(jaxpr: Any) -> list[bool]:
 def check_forward_mode(
     function: Callable, args: tuple, derived: Callable, derived_args: tuple, instead: str = REVERSE_ONLY
 ) -> None:
-    """TypeError where ``derived`` needs derivatives in forward mode of a ``jax.custom_vjp`` inside ``function``.
+    """TypeError if ``derived`` needs forward-mode derivatives of a ``jax.custom_vjp`` inside ``function``.
 
-    Such a function is no fault by itself: it may see no parameters, and the Hessian, forward over reverse, takes it if
-    its two rules have forward mode. So it is tried, and only where there is one.
+    Such a function is not an error by itself: it may not depend on parameters, and the Hessian, forward over reverse,
+    works if the two rules of the function have forward mode. So ``derived`` is tried, if there is such a function.
     """
     names = _custom_vjps(program(function, *args))
     if not names:

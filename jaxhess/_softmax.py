@@ -78,7 +78,7 @@ def hessian_product(z_loss: float, z: jax.Array, t: jax.Array, v: jax.Array) -> 
 def factor_product(z_loss: float, z: jax.Array, t: jax.Array, e: jax.Array) -> jax.Array:
     """B e in every row, with B = sqrt(a) (diag sqrt(p) - p sqrt(p)') + sqrt(2 c) p sqrt(p)', so that B B' = S."""
     top, _ = _top(z)
-    # exp(log_softmax / 2), for the derivative of sqrt(softmax) is NaN where a probability underflows.
+    # exp(log_softmax / 2), because the derivative of sqrt(softmax) is NaN where a probability underflows.
     root = jnp.exp(jax.nn.log_softmax(z) / 2)
     p, scaled = root**2, root * e
     total = scaled.sum(-1, keepdims=True)
@@ -106,5 +106,5 @@ def _is_zero(tangent):
 
 
 def _product(t, rest):
-    """t * rest, and 0 where t is 0: a class that a logit of -inf rules out is no target."""
+    """t * rest, and 0 where t is 0: a class that a logit of -inf rules out is not a target."""
     return jnp.where(t == 0, 0, t * jnp.where(t == 0, 0, rest))

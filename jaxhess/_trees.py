@@ -33,7 +33,7 @@ def full_precision(function: Callable) -> Callable:
 
 
 def _rademacher(key, shape, dtype):
-    """Signs from one random bit each; jax.random.rademacher draws a whole word, which is felt beside a product."""
+    """Signs from one random bit each; jax.random.rademacher draws a whole word, which takes noticeable time."""
     size = int(np.prod(shape, dtype=int))
     words = jax.random.bits(key, (-(-size // 32), 1), jnp.uint32)
     bits = (words >> jnp.arange(32, dtype=jnp.uint32)[None]) & 1

@@ -13,8 +13,8 @@ import numpy as np
 from jaxhess._slips import check_arrays
 
 PyTree = Any
-_MOST = 10_000  # batches of a loader that does not say its length, before it is taken to be endless
-_TOLERANCE = 1e-5  # relative, by which sums over the same examples in another order may differ
+_MOST = 10_000  # batches after which a loader without a length is taken to be endless
+_TOLERANCE = 1e-5  # the relative difference allowed between sums over the same examples in another order
 
 
 def leading_axis(batch: PyTree) -> int:
@@ -28,33 +28,33 @@ def leading_axis(batch: PyTree) -> int:
     if len(sizes) != 1 or () in sizes:
         raise ValueError(
             f"the arrays of the batch share no leading axis ({shapes or 'it has none'}), so its number of examples "
-            f"is unknown; say it with Batches(batches, size=lambda batch: ...)"
+            f"is unknown; give it with Batches(batches, size=lambda batch: ...)"
         )
     return sizes.pop()[0]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Batches:
-    """Many batches in place of one: every result is the mean over all their examples, a ragged last one included.
+    """Many batches in place of one: every result is the mean over all their examples, also those of a ragged last one.
 
-    Takes the memory of one batch. The batches are read afresh at each product, in a loop on the host, so that an
-    operator made from them cannot run under ``jit`` and says so.
+    This takes the memory of one batch. Each product reads the batches again, in a loop on the host. An operator over
+    `Batches` therefore cannot run under ``jit``; it raises an error that says so.
 
-    Two things must hold, and are checked. The loss must be a mean over independent examples: a sum, a contrastive loss,
-    or batch norm in training mode has another value over many small batches than over one large one. And every pass
-    must read the same examples, in any order: with ``shuffle`` together with ``drop_last``, or with random
-    augmentation, each product would be that of another loss, and no eigenvalue would mean anything.
+    Two conditions are checked. The loss must be a mean over independent examples: a sum, a contrastive loss, or batch
+    norm in training mode takes different values over many small batches and over one large batch. And every pass must
+    read the same examples, in any order: with ``shuffle`` and ``drop_last`` together, or with random augmentation, each
+    product would belong to a different loss, and eigenvalues would have no meaning.
 
     Args:
-      batches: what can be read again and again: a list, an object whose ``__iter__`` starts anew, or one with
-        ``__getitem__`` and ``__len__``.
+      batches: something that can be read repeatedly: a list, an object whose ``__iter__`` starts from the beginning, or
+        one with ``__getitem__`` and ``__len__``.
       size: ``size(batch)``, the number of examples or the sum of their weights; by default the leading axis that all
         arrays share.
-      check: False leaves both checks out.
+      check: whether the two conditions are checked.
 
     Raises:
-      TypeError: if ``batches`` can be read only once (a generator), or is no iterable.
-      ValueError: while it is read: for no batches, an empty one, a loader without an end, or passes that differ.
+      TypeError: if ``batches`` can be read only once (a generator), or is not iterable.
+      ValueError: when it is read, if there are no batches, one is empty, the loader does not end, or passes differ.
 
     Example:
       >>> import numpy as np, jaxhess as jh
@@ -77,12 +77,12 @@ class Batches:
             raise TypeError(f"Batches takes an iterable of batches, got {got}; for one batch: Batches([batch])")
         if _is_indexed(self.batches):
             return
-        # Whoever knows its length, like a loader that starts workers to iterate, is taken to start anew.
+        # An object with a length, such as a loader that starts workers, is taken to start from the beginning.
         once = not hasattr(self.batches, "__len__") and iter(self.batches) is iter(self.batches)
         if isinstance(self.batches, Iterator) or once:
             raise TypeError(
                 f"Batches reads its batches once for each product, and a {type(self.batches).__name__} can be read "
-                f"only once; give a list, or an object whose __iter__ starts anew"
+                f"only once; give a list, or an object whose __iter__ starts from the beginning"
             )
 
     def __iter__(self) -> Iterator[PyTree]:
@@ -90,7 +90,7 @@ class Batches:
         return (batches[i] for i in range(len(batches))) if _is_indexed(batches) else iter(batches)
 
     def weighted(self) -> Iterator[tuple[float, PyTree]]:
-        """Pairs (number of examples, batch); ValueError for no batches, an empty one, or a pass that is not the first.
+        """Pairs (number of examples, batch); ValueError for no batches, an empty one, or a pass unlike the first.
 
         Every pass that is read to its end is compared with the first one, by sums that do not depend on the order.
         """
@@ -100,7 +100,7 @@ class Batches:
             if number > most:
                 raise ValueError(
                     f"the loader still went on after {most:,} batches; give one pass over the data, as with take(n), "
-                    f"or an object that says its length, with __len__"
+                    f"or an object with a length, __len__"
                 )
             check_arrays(batch)
             size = float(self.size(batch))
@@ -115,7 +115,7 @@ class Batches:
             self._compare(sums)
 
     def look_ahead(self) -> None:
-        """Reads a loader that does not say its length once, without products, so that one without an end is noticed."""
+        """Reads a loader without a length once, without products, so that an endless one is noticed."""
         if not self._first_pass and _length(self.batches) is None:
             for _ in self.weighted():
                 pass
@@ -131,16 +131,16 @@ class Batches:
                 changed.append(name)
         if changed:
             raise ValueError(
-                f"two passes over the batches read different data (at {changed[:4]}), so that each product would be "
-                f"that of another loss; turn off random augmentation, and drop_last where the order is shuffled, or "
+                f"two passes over the batches read different data (at {changed[:4]}), so each product would belong "
+                f"to a different loss; turn off random augmentation, turn off drop_last if the order is shuffled, or "
                 f"read the batches once: Batches(list(loader))"
             )
 
     def fold(self, step: Callable[[Any, PyTree, float, int], Any]) -> Any:
         """A running mean: ``step(mean, batch, share, number)``, with None for the first mean, batch by batch.
 
-        The next batch is read while the device works on this one, and no further ahead: a loop that does not wait
-        would put all of them on the device.
+        The next batch is read while the device works on this one. The loop waits before it reads further; otherwise
+        all batches would be on the device at once.
         """
         total, mean = 0.0, None
         for number, (size, batch) in enumerate(self.weighted()):
@@ -152,12 +152,12 @@ class Batches:
 
 
 def _is_indexed(batches):
-    """A data set that is read by number, and does not iterate."""
+    """Whether this is a data set that is read by index and does not iterate."""
     return not isinstance(batches, Iterable) and hasattr(batches, "__getitem__") and hasattr(batches, "__len__")
 
 
 def _length(batches):
-    """The number of batches, or None where it is not said; loaders without an end have a ``__len__`` that raises."""
+    """The number of batches, or None if it is unknown; the ``__len__`` of endless loaders raises."""
     try:
         return len(batches)
     except TypeError:
@@ -165,7 +165,7 @@ def _length(batches):
 
 
 def _add(sums, size, batch):
-    """Adds one batch to the sums of a pass: of every array a fixed linear function of its examples, and its scale."""
+    """Adds one batch to the sums of a pass: for every array a fixed linear function of its examples, and its scale."""
     parts = [("the number of examples", np.array([size, size]))]
     parts += [(jax.tree_util.keystr(path), _sums(x)) for path, x in jax.tree_util.tree_leaves_with_path(batch)]
     for name, part in parts:
@@ -178,10 +178,10 @@ def _sums(x):
     if isinstance(x, jax.Array) and not (x.is_fully_addressable and all(d.platform == "cpu" for d in x.devices())):
         return np.asarray(_sums_on_device(x), np.float64)
     x = np.asarray(x)
-    if x.dtype.kind not in "biuf":  # bfloat16 and its like are of no kind that numpy can sum
+    if x.dtype.kind not in "biuf":  # numpy cannot sum bfloat16 and similar types
         x = x.astype(np.float32)
     rows = x.reshape(len(x), -1) if x.ndim else x.reshape(1, 1)
-    # Of flipped or shifted images the plain sum is the same.
+    # The plain sum would not tell flipped or shifted images apart.
     pattern = np.cos(np.arange(rows.shape[1]) + 1.0)
     return np.array([rows.sum(0, dtype=np.float64) @ pattern, np.abs(rows).sum(dtype=np.float64)])
 

@@ -25,8 +25,8 @@ class ClassStructure(NamedTuple):
     """G, or one layer's G_l, taken apart by the class c of the example and the class c' of the output.
 
     G = sum_i sum_c' w_i,c' d_i,c' d_i,c'' over all examples i, with d_i,c' = J_i' (e_c' - p_i) and w_i,c' = p_i,c' / N.
-    The vectors are given by coordinates in an orthonormal basis of what they span, the same for all: distances and
-    angles are those of parameter space.
+    All vectors are given by their coordinates in one orthonormal basis of their span, so distances and angles are those
+    of parameter space.
 
     Attributes:
       weights: (C, C) float64, w_c,c' = sum of w_i,c' over the examples of class c.
@@ -65,10 +65,10 @@ def class_structure(
     progress: Callable[[int, int], None] | None = None,
     has_aux: bool = False,
 ) -> ClassStructure:
-    """How the classes build up G, or one layer's G_l.
+    """The parts of G, or of one layer's G_l, that belong to the classes.
 
-    G = G_class + G_cross_class + G_within_class + G_same_class, from the Gram matrix, so that no vector of the
-    parameters' length is kept; the batch must be as small as for `ggn_eigenvalues`.
+    G = G_class + G_cross_class + G_within_class + G_same_class. The parts are computed from the Gram matrix, so no
+    vector of the length of the parameters is kept. The batch must be as small as for `ggn_eigenvalues`.
 
     Args:
       objective: an `Objective` with `CrossEntropy`.
@@ -115,7 +115,7 @@ def layer_class_structures(
     progress: Callable[[int, int], None] | None = None,
     has_aux: bool = False,
 ) -> dict[str, ClassStructure]:
-    """How the classes build up the G_l of every layer and the G of the net, from one pass.
+    """The class structure of every layer's G_l and of the net's G, from one pass.
 
     Args:
       objective, params, batch, num_classes, weighting, max_bytes, progress, has_aux: as for `class_structure`.
@@ -142,7 +142,7 @@ def layer_class_structures(
 
 
 def _structures(problem, layers, num_classes, weighting, max_bytes, progress, wanted=None):
-    """`ClassStructure` of those layers that are wanted, by default all, and of the layers together, "total"."""
+    """`ClassStructure` of the wanted layers, by default all, and of all layers together, "total"."""
     check_choice("weighting", weighting, ("p", "legacy_sqrt_p"))
     probabilities, labels = _probabilities_and_labels(problem, num_classes)
     grams, _ = gram_matrices(problem, layers, max_bytes, progress)
@@ -167,7 +167,7 @@ def _probabilities_and_labels(problem, num_classes):
         raise ValueError(f"num_classes = {num_classes}, but the outputs have {classes} classes; give that number")
     probabilities, labels = probabilities.reshape(-1, classes), np.ravel(to_host(loss.criterion.labels(problem.first)))
     if len(labels) != len(probabilities):
-        raise TypeError("the class structure goes by integer labels; give class indices 0..C-1, not soft labels")
+        raise TypeError("the class structure needs integer labels; give class indices 0..C-1, not soft labels")
     if missing := sorted(set(range(classes)) - set(labels.tolist())):
         raise ValueError(f"classes {missing} have no example in the batch; give at least one of every class")
     return probabilities, labels
@@ -200,7 +200,7 @@ def _class_structure(gram, weights, labels, eps):
     }
     grams = {name: part @ gram @ part.T for name, part in parts.items()}
     total = nonzero(gram, 10 * eps)
-    scale = total[0] if total.size else 0.0  # a part of G that is zero has nothing but rounding
+    scale = total[0] if total.size else 0.0  # a part of G that is zero contains only rounding
     vectors = _coordinates(np.concatenate([pairs.reshape(flat), means]), gram, eps)
     return ClassStructure(
         weights=pair_weights,
@@ -212,12 +212,12 @@ def _class_structure(gram, weights, labels, eps):
 
 
 def _coordinates(combinations, gram, eps):
-    """Vectors with the inner products of these combinations of the rows, in as few coordinates as hold them."""
+    """Vectors with the inner products of these combinations of the rows, in as few coordinates as possible."""
     values, vectors = scipy.linalg.eigh(combinations @ gram @ combinations.T)
     keep = values > 10 * eps * max(values[-1], 0)
     return (vectors[:, keep] * np.sqrt(values[keep]))[:, ::-1]
 
 
 def _positive(weights):
-    """What to divide by: one for a weight of zero, whose vectors then are zero."""
+    """The divisor for each weight: one for a weight of zero, whose vectors are zero."""
     return np.where(weights > 0, weights, 1)

@@ -24,7 +24,7 @@ def _label_entry(batch):
 
 @dataclasses.dataclass(frozen=True)
 class _Labelled(Criterion):
-    """What the closed-form criteria share: where the labels are."""
+    """What the criteria with closed forms share: where the labels are."""
 
     labels: Callable[[PyTree], jax.Array] = _label_entry
 
@@ -42,20 +42,20 @@ class _Labelled(Criterion):
 class CrossEntropy(_Labelled):
     """Softmax cross-entropy: the mean over all rows of -log softmax(outputs)[label].
 
-    In one row with probabilities p its Hessian is S = diag(p) - p p', with the factor
-    B = diag(sqrt p) - p sqrt(p)', B B' = S. Loss, slope, S and B keep their digits as the loss goes to zero, and are
-    computed in at least float32.
+    For one row with probabilities p, the Hessian is S = diag(p) - p p'. It has the factor
+    B = diag(sqrt p) - p sqrt(p)', with B B' = S. Loss, slope, S and B stay accurate as the loss goes to zero. They are
+    computed in float32 or a higher precision.
 
     Args:
       labels: ``labels(batch)``; by default ``batch["label"]``. Integers of shape outputs.shape[:-1] with values
         0..C-1, or soft labels: floats of the outputs' shape, not negative, that sum to one in each row. An integer
-        outside 0..C-1 is a ValueError where values are known, and a NaN under ``jit``.
+        outside 0..C-1 raises ValueError where values are known, and gives NaN under ``jit``.
       weights: ``weights(batch) -> array`` of shape outputs.shape[:-1], not negative, or a mask: the loss is the
-        weighted mean sum_i w_i l_i / sum_i w_i. Rows of weight zero, as padding, may have any label. None, the default,
-        is the plain mean. `Batches` needs the sum of the weights of a batch as ``size=``.
-      smoothing: share s in [0, 1) of label smoothing: a label counts 1 - s, and every class s / C besides.
-      class_weights: C numbers, not negative: class j's term of the loss is multiplied by the j-th. With integer labels
-        the mean is weighted by them too, as in PyTorch, and `Batches` needs ``size=``.
+        weighted mean sum_i w_i l_i / sum_i w_i. Rows of weight zero, such as padding, may have any label. By
+        default, the plain mean. `Batches` needs the sum of the weights of a batch as ``size=``.
+      smoothing: label smoothing s in [0, 1): the target is 1 - s times the label plus s / C for every class.
+      class_weights: C numbers, not negative: the term of class j in the loss is multiplied by the j-th number. With
+        integer labels, they also weight the mean, as in PyTorch, and `Batches` needs ``size=``.
       temperature: the outputs are divided by it first.
       z_loss: coefficient of (log sum exp)^2, which is added to the loss of each row.
 
@@ -99,7 +99,7 @@ class CrossEntropy(_Labelled):
 
     @property
     def weighted(self) -> bool:  # type: ignore[override]
-        """Whether the mean is by weights, whose sum `Batches` must be told."""
+        """Whether the mean is weighted; `Batches` then needs the sum of the weights."""
         return self.weights is not None or self.class_weights is not None
 
     def __call__(self, outputs: jax.Array, batch: PyTree) -> jax.Array:
@@ -108,19 +108,19 @@ class CrossEntropy(_Labelled):
         return (softmax.losses(self.z_loss, z, t) * shares).sum()
 
     def hessian_product(self, outputs: jax.Array, batch: PyTree, tangent: jax.Array) -> jax.Array:
-        """S t, with the 1/N of the mean in S; ``tangent`` like ``outputs``."""
+        """S t, where S includes the 1/N of the mean; ``tangent`` is like ``outputs``."""
         z, t, shares = self._parts(outputs, batch)
         product = softmax.hessian_product(self.z_loss, z, t, tangent.astype(z.dtype))
         return (product * shares[..., None] / self.temperature**2).astype(outputs.dtype)
 
     def factor_product(self, outputs: jax.Array, batch: PyTree, noise: jax.Array) -> jax.Array:
-        """B e with B B' = S, the 1/N of the mean included; ``noise`` like ``outputs``."""
+        """B e with B B' = S, where S includes the 1/N of the mean; ``noise`` is like ``outputs``."""
         z, t, shares = self._parts(outputs, batch)
         product = softmax.factor_product(self.z_loss, z, t, noise.astype(z.dtype))
         return (product * jnp.sqrt(shares)[..., None] / self.temperature).astype(outputs.dtype)
 
     def _parts(self, outputs, batch):
-        """Logits and targets (..., C), and what each row counts, in at least float32."""
+        """Logits and targets (..., C), and the share of each row in the mean, in at least float32."""
         labels, weights = self._checked(outputs, batch)
         classes, dtype = outputs.shape[-1], at_least_float32(outputs)
         z, counts = outputs.astype(dtype) / self.temperature, jnp.ones(outputs.shape[:-1], dtype)
@@ -145,7 +145,7 @@ class CrossEntropy(_Labelled):
         return z, t, jnp.where(known, weights, jnp.nan) / jnp.where(weights == 0, 0, weights * counts).sum()
 
     def _checked(self, outputs, batch):
-        """Labels and weights, or None for no weights, of shapes that go with the outputs."""
+        """Labels and weights (None without weights), whose shapes fit the outputs."""
         labels, shape = self._read(batch), outputs.shape[:-1]
         if self.class_weights is not None and len(self.class_weights) != outputs.shape[-1]:
             raise ValueError(
@@ -177,19 +177,19 @@ class CrossEntropy(_Labelled):
         return labels, weights
 
     def check(self, outputs: jax.ShapeDtypeStruct, batch: PyTree) -> None:
-        """Raises ValueError for labels outside 0..C-1 and for weights that give no mean, where values are known."""
+        """Raises ValueError for labels outside 0..C-1 and for invalid weights, where values are known."""
         checked, classes = self._checked(outputs, batch)[0], outputs.shape[-1]
         labels, weights = self.labels(batch), None if self.weights is None else self.weights(batch)
         if checked.size == 0 or is_traced(labels, weights):
             return
-        # In jax where other processes hold some of them; otherwise in numpy, which reads them while jax traces.
+        # In jax if other processes hold some of them; otherwise in numpy, which can read them while jax traces.
         spread = any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in (labels, weights))
         xp: Any = jnp if spread else np
         labels = xp.asarray(labels)
         if weights is not None:
             weights = xp.asarray(weights)
             if not (xp.min(weights) >= 0 and 0 < xp.sum(weights) < np.inf):
-                raise ValueError("weights of rows that are negative, not finite, or all zero make no mean; mend them")
+                raise ValueError("the weights of rows are negative, not finite or all zero; give weights >= 0")
         if checked.ndim == len(outputs.shape):
             if not (xp.min(labels) >= 0 and xp.max(labels) < np.inf):
                 raise ValueError("soft labels must be finite and not negative; give probabilities of the classes")
@@ -211,11 +211,11 @@ class CrossEntropy(_Labelled):
 
 @dataclasses.dataclass(frozen=True)
 class SquaredError(_Labelled):
-    """Squared error: the mean over all rows of sum_c (outputs_c - label_c)^2. Its Hessian is 2 I in one row.
+    """Squared error: the mean over all rows of sum_c (outputs_c - label_c)^2. The Hessian of one row is 2 I.
 
     Args:
       labels: ``labels(batch) -> float array`` of the outputs' shape; by default ``batch["label"]``. Outputs of shape
-        (N,) are N rows of one output.
+        (N,) count as N rows with one output each.
 
     Example:
       >>> import jax.numpy as jnp, jaxhess as jh
@@ -249,11 +249,11 @@ class SquaredError(_Labelled):
         self._checked(outputs, batch)
 
     def hessian_product(self, outputs: jax.Array, batch: PyTree, tangent: jax.Array) -> jax.Array:
-        """S t, with the 1/N of the mean in S; ``tangent`` like ``outputs``."""
+        """S t, where S includes the 1/N of the mean; ``tangent`` is like ``outputs``."""
         return tangent * (2 / self._rows(outputs))
 
     def factor_product(self, outputs: jax.Array, batch: PyTree, noise: jax.Array) -> jax.Array:
-        """B e with B B' = S, the 1/N of the mean included; ``noise`` like ``outputs``."""
+        """B e with B B' = S, where S includes the 1/N of the mean; ``noise`` is like ``outputs``."""
         return noise * (2 / self._rows(outputs)) ** 0.5
 
 

@@ -30,27 +30,28 @@ def top_eigenpairs(
 ) -> tuple[np.ndarray, PyTree, np.ndarray]:
     """The algebraically largest eigenvalues with their eigenvectors and residual norms.
 
-    For the smallest, negate the operator. Repeated eigenvalues are all found where ``num_steps`` reaches the
-    dimension or the Krylov space is exhausted before; otherwise one start vector sees one copy of each.
+    For the smallest, negate the operator. All copies of a repeated eigenvalue are found if ``num_steps`` reaches the
+    dimension, or if the Krylov space is exhausted earlier; otherwise one copy of each is found.
 
     Args:
       operator: a symmetric v -> A v.
       like: a pytree of arrays like v.
       key: a JAX random key, for the start vector.
       k: number of pairs.
-      num_steps: Lanczos steps, by default max(100, 5 k), at most the dimension. Memory is that of so many vectors.
+      num_steps: Lanczos steps, by default max(100, 5 k), at most the dimension. They take the memory of as
+        many vectors.
       reorthogonalize: True, or "host" as for `lanczos`.
       progress: as for `lanczos`.
 
     Returns:
-      values (k,) descending; vectors, a pytree of (k, *leaf.shape) with orthonormal rows; residuals (k,): within each
-      lies an eigenvalue. They are the norms of A v - lambda v, computed with k further products, and what a few more
-      tell of the rounding inside the operator.
+      values (k,), descending; vectors, a pytree of (k, *leaf.shape) with orthonormal rows; residuals (k,): an
+      eigenvalue lies within this distance of each value. A residual is the norm of A v - lambda v, from k further
+      products, plus the rounding inside the operator, measured with a few more.
 
     Raises:
-      ValueError: for an empty ``like``, k < 1, k beyond the dimension, fewer steps than k, or an operator that does not
-        repeat itself or is not symmetric.
-      TypeError: under ``jit``, where `lanczos` runs in its place, or for a key that is none.
+      ValueError: for an empty ``like``, k < 1, k beyond the dimension, fewer steps than k, or an operator that gives
+        different results for the same v or is not symmetric.
+      TypeError: under ``jit`` (use `lanczos` there), or if ``key`` is not a JAX random key.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxhess as jh

@@ -36,24 +36,24 @@ def ggn_eigenvalues(
     """All non-zero eigenvalues of G, or of one layer's G_l, exactly.
 
     With B B' = S the matrix G = (J' B)(J' B)' has the non-zero eigenvalues of the Gram matrix (J' B)' (J' B), whose
-    side is the number of examples times C. Cheap while that is a few thousand; use `layer_spectra` beyond. The
-    Gram matrix is summed over layers and built from the rows of a few examples at a time: the Jacobian of the whole
-    batch is held only where it fits in ``max_bytes``.
+    side is the number of examples times C. This is cheap up to a few thousand; use `layer_spectra` beyond that.
+    The Gram matrix is summed over layers and built from the rows of a few examples at a time: the Jacobian of the whole
+    batch is held only if it fits in ``max_bytes``.
 
-    Where examples do not depend on each other (the outputs of an example alone are its outputs in the batch), each
-    row is differentiated through its own example only; otherwise (batch norm in training mode) through the batch.
+    If examples do not depend on each other (the outputs of an example alone are its outputs in the batch), each row is
+    differentiated through its own example only; otherwise (batch norm in training mode) through the whole batch.
 
     Args:
       objective: an `Objective` with a criterion convex in the outputs.
       params, has_aux: as for `hessian`.
       batch: one batch.
       layer: a name from `layer_names`; by default the whole net.
-      max_bytes: memory for rows of the Jacobian, at least those of one example; with less of it, rows are computed
-        more often.
-      progress: ``progress(done, total)``, one for each example, and more where rows are computed more than once.
+      max_bytes: memory for rows of the Jacobian. At least the rows of one example are held; with less memory, rows are
+        computed more than once.
+      progress: ``progress(done, total)``, counted in examples, again for each time that their rows are computed.
 
     Returns:
-      (r,) float64, descending; values that rounding cannot tell from zero are left out.
+      (r,) float64, descending; values that cannot be told from zero because of rounding are left out.
 
     Raises:
       TypeError, ValueError: as `hessian`; TypeError for `Batches` and under ``jit``; ValueError for a criterion

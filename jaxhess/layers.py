@@ -1,8 +1,8 @@
 """Layers of a parameter tree: names, network order, subtrees.
 
 A layer is a module that owns arrays, named by its path: "conv1", "block2/conv1". An array at the root of the tree
-belongs to no named module and is a layer under its own key. A slice of layers that ``lax.scan`` runs over (one array
-holds many) is written with its index, "blocks[3]/attn".
+belongs to no named module and is a layer under its own key. Layers that ``lax.scan`` runs over share one array; each
+is a slice of it, written with its index: "blocks[3]/attn".
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jaxhess._slips import check_arrays, hints
 from jaxhess.batches import first_batch
 
 PyTree = Any
-Modules = dict[str, tuple[tuple, tuple[int, ...]]]  # of every module its path and the leaves that it owns
+Modules = dict[str, tuple[tuple, tuple[int, ...]]]  # {name: (path, positions of its leaves)}
 _VALUE = tree_util.GetAttrKey("value")  # the arrays of an NNX state end in ".value"
 
 
@@ -57,11 +57,10 @@ class Layer(NamedTuple):
 def layer_names(params: PyTree, loss: Callable | None = None, batch: PyTree = None) -> list[str]:
     """The names of the layers: in the natural order of their paths, or in network order.
 
-    Natural order puts Conv_2 before Conv_10. Network order, with ``loss`` and ``batch``, is that of the first
-    operation that joins a layer's parameters with data from the batch; a tied weight belongs to its first user, and
-    layers that the loss does not use come last. Layers that a ``lax.scan`` in the loss runs over come out one by one.
-    Where a new version of JAX writes a loop in a way that cannot be read, a warning says so, and these layers stay in
-    one piece.
+    Natural order puts Conv_2 before Conv_10. Network order needs ``loss`` and ``batch``: it sorts layers by the first
+    operation that joins their parameters with data from the batch. A tied weight belongs to its first user, and layers
+    that the loss does not use come last. Layers that a ``lax.scan`` in the loss runs over are listed one by one. If a
+    new version of JAX represents the loop in an unknown way, a warning says so, and these layers are listed as one.
 
     Args:
       params: a pytree of arrays (dicts, lists, dataclasses, Flax, Equinox or Haiku parameters).
@@ -69,7 +68,7 @@ def layer_names(params: PyTree, loss: Callable | None = None, batch: PyTree = No
       batch: an example batch, or `Batches`; only for network order.
 
     Returns:
-      A list of names, each one owner of arrays.
+      A list of names, one for each module that owns arrays.
 
     Raises:
       ValueError: if the tree holds no arrays, two modules have one name, or a ``batch`` is given without ``loss``.
@@ -120,7 +119,7 @@ def subtree(params: PyTree, layer: str) -> PyTree:
       layer: a name from `layer_names`; "blocks[3]/attn" takes slice 3 of every array of blocks/attn.
 
     Returns:
-      The node of the tree, or a dict of the arrays that the module owns itself where it has submodules too.
+      The node of the tree; for a module with submodules, a dict of the arrays that it owns itself.
 
     Raises:
       ValueError: for an unknown layer; the message lists the layers.
@@ -130,13 +129,13 @@ def subtree(params: PyTree, layer: str) -> PyTree:
       >>> jh.subtree({"fc": {"w": jnp.ones(2)}, "out": {"w": jnp.zeros(1)}}, "out")
       {'w': Array([0.], dtype=float32)}
 
-    Reference: the paper's w_l, of which Hess_l is the Hessian.
+    Reference: the paper's w_l; Hess_l is the Hessian with respect to it.
     """
     return find_layer(params, layer).take(params)
 
 
 def modules_of(params: PyTree) -> Modules:
-    """{name: (path, positions of its leaves)} of every module that owns arrays with entries."""
+    """{name: (path, positions of its leaves)} of every module that owns arrays, empty ones aside."""
     modules: dict[str, tuple[tuple, list[int]]] = {}
     leaves = tree_util.tree_leaves_with_path(params)
     for i, (path, _) in enumerate(leaves):
@@ -180,7 +179,7 @@ def _names_of(uses, params):
         owner = owners[leaf]
         if owner not in siblings:
             names[_name(owner)] = _name(owner)
-        elif index is not None:  # where it is used whole as well, as in a weight penalty, the slices are the layers
+        elif index is not None:  # even if it is used as a whole too, as in a weight penalty
             module = _common_prefix([owners[i] for i in siblings[owner]]) or owner
             rest = [_name(owner[len(module) :])] if owner != module else []
             names["/".join([f"{_name(module)}[{index}]", *rest])] = _name(owner)
@@ -213,15 +212,15 @@ def find_layer(params: PyTree, name: str, modules: Modules | None = None) -> Lay
 
 
 def find_layers(params: PyTree, names: Sequence[str], modules: Modules | None = None) -> tuple[Layer, ...]:
-    """The `Layer` of each name. The name "total" is kept for the whole net."""
+    """The `Layer` of each name. The name "total" is reserved for the whole net."""
     if isinstance(names, str):
         raise TypeError(
             f"layers are given by a list of names, 'all' or 'middle', got the string {names!r}; write [{names!r}]"
         )
     if "total" in names:
         raise ValueError(
-            "'total' is the name of the whole net's result, which is always there, and no layer; leave it out of the "
-            "names, and rename a module that is called so"
+            "'total' names the result of the whole net, which is always included, and is no layer; leave it out "
+            "of the names, and rename a module of this name"
         )
     modules = modules_of(params) if modules is None else modules
     return tuple(find_layer(params, name, modules) for name in names)
@@ -234,7 +233,7 @@ def whole_net(params: PyTree) -> Layer:
 
 
 def chosen_layers(names: Sequence[str], layers: str | Sequence[str] | None) -> Sequence[str]:
-    """Those of the names, in network order, that are asked for: all of them, the middle ones, or these."""
+    """The chosen names: all (given in network order), the middle ones, or those that are listed."""
     if layers is None or layers == "all":
         return names
     return middle_layers(names) if layers == "middle" else layers
@@ -245,7 +244,7 @@ def _natural(name):
 
 
 def _owner(path):
-    """The path of the module that owns a leaf; of the leaf itself where it lies at the root."""
+    """The path of the module that owns a leaf, or of the leaf itself if it lies at the root."""
     path = tuple(path)
     if path and path[-1] == _VALUE:
         path = path[:-1]

@@ -27,13 +27,13 @@ class Sink(Protocol):
 class Monitor:
     """Measures a net every so many steps, as long as that stays within a share of the training's time.
 
-    The first measurement, which compiles, is always taken and counts. After it, a measurement is left out if it would
-    go beyond the share, supposing that it takes as long as the last one did. A call on any other step costs nothing:
-    only a measurement waits for the device. The probes depend on the key and on the step alone, so that a training
-    that was interrupted and goes on measures what it would have measured.
+    The first measurement includes compilation; it is always taken, and it counts. A later measurement is left out if it
+    would exceed the share, assuming that it takes as long as the last one. A call on any other step costs nothing: only
+    a measurement waits for the device. The probes depend only on the key and the step, so a training that is resumed
+    draws the same probes.
 
     Attributes:
-      left_out: the number of measurements that were due and for which there was no time.
+      left_out: the number of measurements that were due and left out.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -61,7 +61,7 @@ class Monitor:
         has_aux: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ):
-        """Says what is measured, how often, and where it goes.
+        """Sets what is measured, how often, and where it goes.
 
         Args:
           objective: a loss, or a `jaxhess.Objective` (which "ggn_trace" needs).
@@ -97,7 +97,7 @@ class Monitor:
         self.left_out = 0
 
     def __call__(self, params: PyTree, batch: PyTree, step: int) -> dict[str, float] | None:
-        """Measures if it is due and there is time for it.
+        """Measures if a measurement is due and there is time for it.
 
         Args:
           params: the parameters, which are neither changed nor kept.

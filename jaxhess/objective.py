@@ -1,8 +1,8 @@
 """Losses that show their two halves, and the protocol of the outer half, the criterion.
 
 The generalised Gauss-Newton matrix is G = J' S J, where J is the Jacobian of the outputs in the parameters and S the
-Hessian of the criterion in the outputs. A `Criterion` may know S in closed form; that of a plain function is
-differentiated.
+Hessian of the criterion in the outputs. A `Criterion` may give S in closed form; for a plain function it comes from
+automatic differentiation.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ PyTree = Any
 class Objective:
     """A loss that shows its two halves: ``criterion(predict(params, batch), batch)``.
 
-    Hashable by its two functions: a new one made of the same functions compiles nothing.
+    It is hashed by its two functions: a new objective made of the same functions is not compiled again.
 
     Args:
-      predict: ``predict(params, batch) -> outputs``, a floating-point array of shape (..., C), one row an example
-        (or a position of a sequence).
+      predict: ``predict(params, batch) -> outputs``, a floating-point array of shape (..., C), with one row for
+        each example (or for each position of a sequence).
       criterion: ``criterion(outputs, batch) -> scalar``, a mean over the examples. `cross_entropy` and
-        `squared_error` bring closed forms; any other twice differentiable function is differentiated.
+        `squared_error` have closed forms; any other function that JAX can differentiate twice works too.
 
     Example:
       >>> import jax.numpy as jnp, jaxhess as jh
@@ -52,17 +52,19 @@ class Objective:
 
 
 class Criterion:
-    """What a criterion can say of itself: subclass it, and override what is known in closed form.
+    """The base class of criteria: override what is known in closed form.
 
-    ``criterion(outputs, batch)`` is a scalar, a mean over the rows of the outputs. A plain function is as good; its
-    Hessian S in the outputs is differentiated, and the factor of S is looked for.
+    ``criterion(outputs, batch)`` is a scalar, a mean over the rows of the outputs. A plain function works too: its
+    Hessian S in the outputs comes from automatic differentiation, and a factor of S is searched for.
 
     Attributes:
-      weighted: whether it is a mean by weights, so that `Batches` must be told their sum with ``size=``; False here.
-      takes_logits: whether it takes the softmax itself, so that outputs which are probabilities are refused; False.
+      weighted: whether it is a weighted mean, for which `Batches` needs the sum of the weights as ``size=``; by default
+        False.
+      takes_logits: whether it applies the softmax itself, so that outputs which are probabilities are refused; by
+        default False.
 
     Raises:
-      NotImplementedError: by the criterion itself, if a subclass does not say what it is.
+      NotImplementedError: when it is called, if the subclass does not define ``__call__``.
 
     Example:
       >>> import jax.numpy as jnp, jaxhess as jh
@@ -82,24 +84,24 @@ class Criterion:
 
     def __call__(self, outputs: jax.Array, batch: PyTree) -> jax.Array:
         """The criterion, a scalar."""
-        raise NotImplementedError(f"{type(self).__name__} must say what it is: __call__(self, outputs, batch)")
+        raise NotImplementedError(f"{type(self).__name__} must define __call__(self, outputs, batch)")
 
     def check(self, outputs: jax.ShapeDtypeStruct, batch: PyTree) -> None:
-        """Raises ValueError for a batch that does not go with outputs of this shape, where its values are known."""
+        """Raises ValueError for a batch that does not fit outputs of this shape, where its values are known."""
 
     def hessian_product(self, outputs: jax.Array, batch: PyTree, tangent: jax.Array) -> jax.Array:
-        """S t, with the 1/N of the mean in S; ``tangent`` like ``outputs``."""
+        """S t, where S includes the 1/N of the mean; ``tangent`` is like ``outputs``."""
         full = outputs.astype(at_least_float32(outputs))
         slope = jax.grad(lambda o: self(o, batch))
         return jax.jvp(slope, (full,), (tangent.astype(full.dtype),))[1].astype(outputs.dtype)
 
     def factor_product(self, outputs: jax.Array, batch: PyTree, noise: jax.Array) -> jax.Array:
-        """B e with B B' = S, the 1/N of the mean included; ``noise`` like ``outputs``. By C x C blocks unless known."""
+        """B e with B B' = S, where S includes the 1/N of the mean; from C x C blocks unless overridden."""
         return Factored(self, "blocks").factor_product(outputs, batch, noise)
 
     @property
     def knows_factor(self) -> bool:
-        """Whether `factor_product` is its own."""
+        """Whether `factor_product` is overridden."""
         return type(self).factor_product is not Criterion.factor_product
 
 
@@ -122,12 +124,12 @@ class NoFactorError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Factored(Criterion):
-    """A criterion without a factor of its own, with one of its Hessian S in the outputs.
+    """A criterion without a closed-form factor, with one that is found from its Hessian S in the outputs.
 
     Attributes:
       criterion: the criterion.
-      form: what S was found to be: "diagonal"; "softmax", a_i (diag p_i - p_i p_i') in row i, as of every
-        cross-entropy, whatever the labels; or "blocks", some C x C matrix in each row, which takes rows x C^2 numbers.
+      form: the form that S has: "diagonal"; "softmax", a_i (diag p_i - p_i p_i') in row i, as for every cross-entropy,
+        whatever the labels; or "blocks", any C x C matrix in each row, which takes rows x C^2 numbers.
     """
 
     criterion: Callable[[jax.Array, PyTree], jax.Array]
@@ -138,24 +140,24 @@ class Factored(Criterion):
         return self.criterion(outputs, batch)
 
     def hessian_product(self, outputs: jax.Array, batch: PyTree, tangent: jax.Array) -> jax.Array:
-        """S t, as the criterion has it."""
+        """S t, as the criterion computes it."""
         return as_criterion(self.criterion).hessian_product(outputs, batch, tangent)
 
     def factor_product(self, outputs: jax.Array, batch: PyTree, noise: jax.Array) -> jax.Array:
-        """B e with B B' = S; NaN where a block of S is not positive semi-definite, or S is more than its blocks."""
+        """B e with B B' = S; NaN if a block of S is not positive semi-definite, or S has entries outside its blocks."""
         full = outputs.astype(at_least_float32(outputs))
         product = _factor.PRODUCTS[self.form](self, full, batch, noise.astype(full.dtype))
         return product.astype(outputs.dtype)
 
 
 def factored(criterion: Callable, outputs: jax.Array, batch: PyTree, *, max_classes: int = 64) -> Criterion | None:
-    """A criterion that knows its factor: itself, or `Factored` with what S is found to be at these outputs.
+    """A criterion with a factor: itself, or `Factored` with the form that S has at these outputs.
 
-    S is looked at through products with it alone. None where it is neither diagonal nor that of a softmax and has more
-    than ``max_classes`` columns, so that its blocks would cost too much; products with S always work.
+    S is examined through products with it alone. The result is None if S is neither diagonal nor that of a softmax and
+    has more than ``max_classes`` columns, whose blocks would cost too much; products with S always work.
 
     Raises:
-      NoFactorError: if S couples the rows, or is not positive semi-definite; says nothing under ``jit``.
+      NoFactorError: if S couples the rows, or is not positive semi-definite; neither is checked under ``jit``.
     """
     known = as_criterion(criterion)
     if known.knows_factor:

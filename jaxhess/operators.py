@@ -1,7 +1,7 @@
 """Curvature operators: products v -> A v with the Hessian, its Gauss-Newton part G, and the rest H.
 
-Each public function returns a `jax.tree_util.Partial` over parameters and batch: a pytree, so that it passes through
-``jit`` as an argument, and a function of v. The product is compiled once for each loss, layer and set of shapes.
+Each product is a `jax.tree_util.Partial` over parameters and batch: a function of v that is also a pytree, so it can be
+passed through ``jit`` as an argument. It is compiled once for each loss, layer and set of shapes.
 """
 
 from __future__ import annotations
@@ -39,24 +39,25 @@ def hessian(
 ) -> Partial:
     """The Hessian as a product: v -> Hess v, or v -> Hess_l v with the diagonal block of one layer.
 
-    Hess = d^2 loss / d params^2, forward over reverse: one product costs about two gradients, and no more memory
-    than a gradient twice. Block products differentiate that layer's parameters only.
+    Hess = d^2 loss / d params^2, computed forward over reverse: one product takes the time of about two gradients and
+    at most twice the memory of one. A block product differentiates with respect to that layer's parameters only.
 
     Args:
-      loss: ``loss(params, batch) -> scalar``, a mean over examples; an `Objective` is one.
-      params: a pytree of floating-point arrays. Half-precision parameters are taken in float32.
-      batch: any pytree, or `Batches` for the mean over many.
+      loss: ``loss(params, batch) -> scalar``, a mean over examples, such as an `Objective`.
+      params: a pytree of floating-point arrays. Half-precision parameters are converted to float32.
+      batch: any pytree, or `Batches` for the mean over many batches.
       layer: a name from `layer_names` for the block of one layer; by default the whole net.
-      has_aux: the loss returns ``(value, aux)`` (of an `Objective`: its ``predict`` returns ``(outputs, aux)``).
+      has_aux: whether the loss returns ``(value, aux)``; for an `Objective`, whether ``predict`` returns
+        ``(outputs, aux)``.
 
     Returns:
-      A function of v, a pytree like ``params`` (or like ``subtree(params, layer)``), that returns A v of the same
-      structure, at least in float32. Parameters that the loss does not use get zeros.
+      A function v -> A v. Both are pytrees like ``params`` (or like ``subtree(params, layer)``), and A v has at least
+      the precision of float32. Entries of parameters that the loss does not use are zero.
 
     Raises:
       TypeError: for parameters that are not floating-point, or a loss that does not return a scalar.
       ValueError: for an unknown layer (the message lists them), parameters that are not finite, an empty or
-        inconsistent batch, labels out of range, or a v that does not match.
+        inconsistent batch, labels out of range, or a v of another structure or shape.
 
     Example:
       >>> import jax.numpy as jnp, jaxhess as jh
@@ -75,17 +76,17 @@ def ggn(
     """The generalised Gauss-Newton matrix as a product: v -> J' S J v, or the block G_l of one layer.
 
     J is the Jacobian of the outputs in the parameters and S the Hessian of the criterion in the outputs: equations
-    (2) and (3) of the paper. Positive semi-definite where the criterion is convex.
+    (2) and (3) of the paper. It is positive semi-definite where the criterion is convex.
 
     Args:
-      objective: an `Objective`, whose halves are needed.
+      objective: an `Objective`; a plain loss does not show the two halves that this needs.
       params, batch, layer, has_aux: as for `hessian`.
 
     Returns:
-      A function of v, as `hessian` does.
+      A function v -> A v, as `hessian` returns.
 
     Raises:
-      TypeError: for a plain loss; further as `hessian`.
+      TypeError: for a plain loss; otherwise as `hessian`.
       ValueError: as `hessian`.
 
     Example:
@@ -103,21 +104,22 @@ def ggn(
 def functional_hessian(
     objective: Objective, params: PyTree, batch: PyTree, *, layer: str | None = None, has_aux: bool = False
 ) -> Partial:
-    """What the Hessian has beyond G, as a product: v -> H v with H = Hess - G, or the block H_l of one layer.
+    """The Hessian without G, as a product: v -> H v with H = Hess - G, or the block H_l of one layer.
 
     H = sum over outputs of (d criterion / d output) * (d^2 output / d params^2): equations (1) and (4) of the paper.
-    It is computed as the Hessian of ``<g, predict(params)>`` with g held fixed, not as a difference, so that a zero
-    block comes out as zero. For piecewise linear nets with fixed batch statistics every H_l is zero, H is not.
+    It is computed as the Hessian of ``<g, predict(params)>`` with g held fixed, not as a difference, so a block that is
+    zero comes out as exactly zero. In piecewise linear nets with fixed batch statistics, every H_l is zero, but H is
+    not.
 
     Args:
-      objective: an `Objective`, whose halves are needed.
+      objective: an `Objective`; a plain loss does not show the two halves that this needs.
       params, batch, layer, has_aux: as for `hessian`.
 
     Returns:
-      A function of v, as `hessian` does.
+      A function v -> A v, as `hessian` returns.
 
     Raises:
-      TypeError: for a plain loss; further as `hessian`.
+      TypeError: for a plain loss; otherwise as `hessian`.
       ValueError: as `hessian`.
 
     Example:
@@ -133,17 +135,18 @@ def functional_hessian(
 
 
 def aslinearoperator(operator: Operator, *, like: PyTree) -> scipy.sparse.linalg.LinearOperator:
-    """A product as SciPy's linear operator, so that eigsh, lobpcg, svds and cg take it as it is.
+    """Turns a product into a linear operator of SciPy, which eigsh, lobpcg, svds and cg accept.
 
-    Vectors are flat, (dim,), the leaves of a tree like v one after another, as of ``jax.flatten_util.ravel_pytree``.
+    Vectors are flat, of shape (dim,): the leaves of v one after another, in the order of
+    ``jax.flatten_util.ravel_pytree``.
 
     Args:
       operator: a symmetric v -> A v, as from `hessian`; `linearize` it first for speed.
       like: a pytree of arrays like v.
 
     Returns:
-      `scipy.sparse.linalg.LinearOperator` of shape (dim, dim), float64 outside; products keep the precision of
-      ``operator``.
+      `scipy.sparse.linalg.LinearOperator` of shape (dim, dim) and type float64. Products are computed in the precision
+      of ``operator``.
 
     Raises:
       ValueError: for an empty ``like``.
@@ -178,13 +181,13 @@ def aslinearoperator(operator: Operator, *, like: PyTree) -> scipy.sparse.linalg
 def pose_product(
     curvature: str, loss: Callable, params: PyTree, batch: PyTree, layer: str | None = None, has_aux: bool = False
 ) -> Partial:
-    """The product of one curvature with the whole net or one layer, of what users give."""
+    """The product of one curvature, for the whole net or one layer, from a user's arguments."""
     problem = pose(curvature, loss, params, batch, has_aux)
     return product(curvature, problem, problem.layer(layer))
 
 
 def product(curvature: str, problem: Problem, layer: Layer | None = None) -> Partial:
-    """The same of a `Problem`; the whole net by default."""
+    """The product of a `Problem`, for the whole net by default."""
     layer = problem.whole if layer is None else layer
     at, first = At(curvature, problem.loss, layer), (problem.params, problem.first)
     check_forward_mode(problem.loss, first, at, (*first, layer.take(problem.params)))
@@ -195,7 +198,7 @@ def product(curvature: str, problem: Problem, layer: Layer | None = None) -> Par
 
 @dataclasses.dataclass(frozen=True)
 class _Product(Linear):
-    """A product as an operator, of one batch or in the mean of many; static under ``jit``."""
+    """The product of one batch, or the mean over many, as an operator; static under ``jit``."""
 
     at: At
     batches: Batches | None = None
@@ -208,7 +211,7 @@ class _Product(Linear):
         return compute(self.at, params, batch, (v,)) if self.batches is None else self._mean(self.at, params, v)
 
     def stacked(self, params, batch, vectors):
-        """Each of many batches is read once for all vectors."""
+        """The products with several vectors; each of many batches is read once for all of them."""
         if self.batches is None:
             return super().stacked(params, batch, vectors)
         return self._mean(_Rows(self.at), params, vectors)
@@ -246,7 +249,7 @@ class _Rows:
 
 @dataclasses.dataclass(frozen=True)
 class _Block(Linear):
-    """The diagonal block of a layer by the product of the whole net: only the ends are compiled."""
+    """The diagonal block of a layer, from the product of the whole net: only its two ends are compiled."""
 
     layer: Layer
 
@@ -280,18 +283,18 @@ def _take(layer, tree):
 
 
 def linearize(operator: Operator, *, like: PyTree) -> Operator:
-    """The same product with everything that does not depend on v computed once and kept.
+    """The same product, with everything that does not depend on v computed once and kept.
 
-    Takes the forward and backward pass out of each product, for the memory of their intermediate values. Worth it
-    from the second product on; used by the traces and spectra of this library for single batches.
+    Each product then leaves out the forward and backward pass at the parameters; their intermediate values stay in
+    memory. This pays from the second product on. The spectra of this library do it for single batches.
 
     Args:
       operator: a linear function of v that JAX can trace, as from `hessian`.
       like: a pytree of arrays like v.
 
     Returns:
-      A `jax.tree_util.Partial` v -> A v; new values of the same shapes compile nothing. An operator over
-      `Batches` comes back as it is.
+      A `jax.tree_util.Partial` v -> A v. New values of the same shapes are not compiled again. An operator over
+      `Batches` is returned unchanged.
 
     Example:
       >>> import jax.numpy as jnp, jaxhess as jh
@@ -305,14 +308,14 @@ def linearize(operator: Operator, *, like: PyTree) -> Operator:
     linear = as_linear(operator)
     if linear.func.on_host:
         return operator
-    # In the precision of the products, which is that of the vectors that samplers draw.
+    # In the precision of the products, which is also that of random vectors.
     like = jax.tree.map(lambda x: jnp.asarray(x, at_least_float32(x)), like)
     return Partial(_Linearized(), _linearize(linear, like), like, linear)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Linearized(Linear):
-    """A product of which everything that does not depend on v was computed before, and the operator that it is of."""
+    """A product whose parts that do not depend on v are computed already, with the operator that it came from."""
 
     def __call__(self, linear, like, origin, v):
         return _apply_linear(linear, like, v)
@@ -336,10 +339,10 @@ def _linearize(operator, like):
 
 @jax.custom_jvp
 def _with_tangent(x, entry):
-    """``x``, whose tangent is an array also where it is zero.
+    """``x``, with a tangent that is an array even where it is zero.
 
-    In JAX 0.6 and 0.7, what `jax.linearize` returns keeps zeros that it made under ``jit``, and cannot leave it. Zeros
-    made of a tangent are none of them; ``entry`` is any number that depends on v.
+    In JAX 0.6 and 0.7, the function that `jax.linearize` returns may hold zeros that were made under ``jit`` and cannot
+    leave it. Zeros that are computed from a tangent avoid this; ``entry`` is any number that depends on v.
     """
     return x
 

@@ -12,7 +12,7 @@ import jaxhess as jh
 
 Axes = Any  # of Matplotlib, which is imported when something is drawn
 
-# Okabe and Ito: told apart with every common colour blindness, and in grey by the dashes beside them.
+# Okabe and Ito: colours for readers with any common colour blindness; dashes tell the lines apart in grey.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", (0, (4, 2)), (0, (1, 1.2)), "-.")
 MARKERS = "osD^vP*"
@@ -23,12 +23,12 @@ def densities(
 ) -> Axes:
     """The densities of one or more spectra, on a log scale.
 
-    An eigenvalue that Lanczos has found for certain is always seen, see `at_least_one`.
+    An eigenvalue that Lanczos has found for certain is always visible; see `at_least_one`.
 
     Args:
       spectra: a `jaxhess.Spectrum`, or {name: spectrum}, such as what `jaxhess.layer_spectra` returns.
       ax: where to draw; by default the current axis of Matplotlib, as in seaborn.
-      kappa: as for `jaxhess.Spectrum.density`: the larger, the narrower are the bumps.
+      kappa: as for `jaxhess.Spectrum.density`; a larger value makes the bumps narrower.
       legend: whether the names are shown, if there are several.
 
     Returns:
@@ -36,7 +36,7 @@ def densities(
 
     Raises:
       ValueError: if there is no spectrum.
-      TypeError: for something else than spectra.
+      TypeError: for anything other than spectra.
 
     Example:
       >>> import jaxhess as jh
@@ -56,7 +56,7 @@ def densities(
         grid, log_density = at_least_one(spectrum).log_density(kappa=kappa)
         log_density = log_density / np.log(10)
         ax.plot(grid, log_density, color=_nth(COLORS, i), linestyle=_nth(DASHES, i), linewidth=1.2, label=name)
-        # Below a hundredth of what one eigenvalue spread over the whole range would give there is nothing to see.
+        # There is nothing to see below a hundredth of the density of one eigenvalue spread over the whole range.
         floor = min(floor, -np.log10(spectrum.dim * (grid[-1] - grid[0])) - 2)
         top = max(top, log_density.max())
     ax.set_ylim(floor, top + 0.5)
@@ -66,10 +66,10 @@ def densities(
 
 
 def converged(spectrum: jh.Spectrum) -> np.ndarray:
-    """Which nodes of a spectrum are eigenvalues by themselves, and not the trace of several nearby.
+    """Which nodes of a spectrum are single eigenvalues, and do not stand for several nearby ones.
 
-    Within the residual of a Ritz value lies an eigenvalue. If the residual is at most a quarter of the distance to the
-    neighbouring nodes, these eigenvalues are different ones.
+    An eigenvalue lies within the residual of each Ritz value. If the residual is at most a quarter of the distance to
+    the neighbouring nodes, these eigenvalues are different ones.
 
     Args:
       spectrum: a `jaxhess.Spectrum`.
@@ -90,9 +90,9 @@ def converged(spectrum: jh.Spectrum) -> np.ndarray:
 
 
 def at_least_one(spectrum: jh.Spectrum) -> jh.Spectrum:
-    """A spectrum in which each node that has `converged` weighs as one eigenvalue or more.
+    """A spectrum in which each node that has `converged` has at least the weight of one eigenvalue.
 
-    There is at least one. An unlucky start vector may give it so little weight that no picture shows it.
+    An unlucky start vector may give such a node so little weight that a picture does not show it.
 
     Args:
       spectrum: a `jaxhess.Spectrum`.
@@ -115,7 +115,7 @@ def at_least_one(spectrum: jh.Spectrum) -> jh.Spectrum:
 def traces(
     traces: Mapping[str, jh.Estimate] | Mapping[str, Mapping[str, jh.Estimate]], ax: Axes = None, *, legend: bool = True
 ) -> Axes:
-    """The traces of the layers, in the order that they are given in, with their standard errors as bars.
+    """The traces of the layers, in the order given, with their standard errors as bars.
 
     Args:
       traces: {layer: `jaxhess.Estimate`} as from `jaxhess.layer_traces`, or a `jaxhess.Summary`; or {name: one of
@@ -129,7 +129,7 @@ def traces(
 
     Raises:
       ValueError: if there is no layer.
-      TypeError: for something else than estimates.
+      TypeError: for anything other than estimates.
 
     Example:
       >>> import jaxhess as jh
@@ -215,8 +215,7 @@ def eigenvalues(
 
     Args:
       values: eigenvalues in any order, as from `jaxhess.ggn_eigenvalues` or `jaxhess.top_eigenpairs`; or a
-        `jaxhess.Spectrum`, of which the nodes are drawn that are eigenvalues by themselves, see `converged`; or
-        {name: one of these}.
+        `jaxhess.Spectrum`, whose `converged` nodes are drawn; or {name: one of these}.
       ax: where to draw; by default the current axis of Matplotlib, as in seaborn.
       k: how many to draw; all by default.
       legend: whether the names are shown, if there are several.
@@ -269,7 +268,7 @@ def _check(what, named, kind):
         raise ValueError(f"there are no {what} to draw")
     for name, value in named.items():
         if not isinstance(value, kind):
-            raise TypeError(f"{what} are drawn of objects of {kind.__name__}, got {value!r} under {name!r}")
+            raise TypeError(f"{what} must be objects of {kind.__name__}, got {value!r} under {name!r}")
 
 
 def _axis(ax):

@@ -222,7 +222,7 @@ def _check_values(loss, params, batch):
     criterion = as_criterion(loss.criterion)
     if criterion.takes_logits and ends_in_softmax(loss.predict, params, batch):
         raise ValueError(
-            "predict ends in a softmax, and cross_entropy takes logits, of which it takes the softmax itself; return "
+            "predict ends in a softmax, but cross_entropy takes logits and applies the softmax itself; return "
             "what goes into the softmax, or jnp.log of the probabilities. If the loss is meant to take two, give it a "
             "function as criterion: lambda outputs, batch: cross_entropy(outputs, batch)"
         )
@@ -230,9 +230,9 @@ def _check_values(loss, params, batch):
 
 
 def _check_mean(loss, params, batches):
-    """ValueError for a loss over several batches that is no mean over independent examples, tried on a few of them."""
+    """ValueError for a loss over several batches that is not a mean over independent examples, by a trial on some."""
     some = list(itertools.islice(batches, 2))
-    # A random key cut in halves would make other random numbers than the whole.
+    # A random key that is cut in halves would give other random numbers than the whole.
     if len(some) < 2 or is_traced(params, some[0]) or any(map(_is_key, jax.tree.leaves((params, some[0])))):
         return
     try:

@@ -44,25 +44,26 @@ def spectrum(
 ) -> Spectrum:
     """The spectrum of an operator by stochastic Lanczos quadrature.
 
-    Each draw is a Gaussian start vector; its Ritz values and the squared first entries of the eigenvectors of T are
-    the nodes and weights of a Gauss quadrature for the spectral measure, exact for polynomials of degree 2 m - 1 as
-    that vector sees them. Draws are averaged.
+    Each draw is a Gaussian start vector. Its m Ritz values and the squared first entries of the eigenvectors of T are
+    the nodes and weights of a Gauss quadrature, which is exact for polynomials up to degree 2 m - 1 under the spectral
+    measure of that vector. Draws are averaged.
 
-    What one vector sees of a single eigenvalue is luck: the weight chi^2_1 / dim. With deflated weights a Ritz value
-    that has converged gets the weight that it must have, 1 / dim, and the others share the rest in proportion. Trace,
-    density and distances become far sharper for the same products. A repeated eigenvalue shows itself by its weight and
-    keeps what was seen; one that is repeated a few times may be taken for a single one with one draw.
+    A start vector sees a single eigenvalue with a random weight, chi^2_1 / dim. With deflated weights, a Ritz value that
+    has converged gets its true weight, 1 / dim, and the others share the rest in proportion. This makes the trace, the
+    density and distances far more precise. A quarter as many further steps, from a vector orthogonal to the leading
+    eigenvectors, show which of these eigenvalues are repeated; they keep the weight that was seen. Other repeated
+    eigenvalues are recognised by their weight. With a single draw, one that is repeated only a few times can be missed.
 
     Args:
       operator: a symmetric v -> A v, as from `hessian`; `linearize` it first for speed.
       like: a pytree of arrays like v.
       key: a JAX random key.
-      num_steps: Lanczos steps of a draw, fewer where the Krylov space is exhausted. From the dimension on the result
-        is exact: all eigenvalues, repeated ones too, with weights 1/dim.
+      num_steps: Lanczos steps of a draw; fewer are taken if the Krylov space is exhausted. With as many steps as
+        dimensions the result is exact: all eigenvalues, repeated ones too, with weights 1/dim.
       num_draws: start vectors. An eigenvalue that all of them have found is one node.
       weights: "deflated", or "plain" for what the start vectors saw.
-      reorthogonalize: False holds three vectors instead of all: right for the density, but the extreme nodes then
-        come with ghost copies, so that weights are plain. "host" keeps all vectors in the host's memory.
+      reorthogonalize: False keeps three vectors instead of all: enough for the density, but extreme nodes then come
+        with ghost copies, and the weights are plain. "host" keeps all vectors in host memory.
       progress: ``progress(done, total)`` in steps over all draws.
 
     Returns:
@@ -70,8 +71,8 @@ def spectrum(
 
     Raises:
       ValueError: for fewer than one step or draw, an empty ``like``, a product that is not finite, or an operator that
-        does not repeat itself or is not symmetric.
-      TypeError: under ``jit``, where `lanczos` runs in its place, or for a key that is none.
+        gives different results for the same v or is not symmetric.
+      TypeError: under ``jit`` (use `lanczos` there), or if ``key`` is not a JAX random key.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxhess as jh
@@ -195,8 +196,8 @@ def layer_spectra(
 ) -> dict[str, Spectrum]:
     """The spectrum of every layer's block, and of the whole net.
 
-    One compiled product of the whole net serves every layer (zeros in, the layer's part out): a product for each
-    layer would be a compilation for each layer, which costs more than it saves.
+    One compiled product of the whole net serves every layer: the other layers get zeros, and the layer's part of the
+    result is taken. A product for each layer would need a compilation for each layer, which costs more than it saves.
 
     Args:
       objective: a loss, or an `Objective` (which "ggn" and "functional" need).
@@ -204,15 +205,16 @@ def layer_spectra(
       key: a JAX random key.
       num_steps, num_draws, weights, reorthogonalize: as for `spectrum`.
       curvature: "hessian", "ggn" or "functional".
-      method: "lanczos"; for the GGN "gram": exact, from the Gram matrix (see `ggn_eigenvalues`); or "auto": the Gram
-        matrix wherever it gives the spectrum and has at most 2,000 rows (examples times outputs), else Lanczos. Of the
-        Hessian it gives that of every layer in which H_l is zero, as in piecewise linear nets, so that Hess_l = G_l:
-        the product of H_l with a random vector, which must be zero in all digits, tells. The residuals of its nodes
-        are its rounding, and ``num_draws`` plays no part in them.
-      layers: "all", "middle" (`middle_layers`), or names; all by default. A layer has the same spectrum either way.
+      method: "lanczos", "gram" or "auto". "gram" is exact and for the GGN only: it uses the Gram matrix (see
+        `ggn_eigenvalues`). "auto" uses the Gram matrix wherever it gives the spectrum and has at most 2,000 rows
+        (examples times outputs), and Lanczos elsewhere. For the Hessian, it gives the spectrum of each layer whose H_l
+        is zero, as in piecewise linear nets, because then Hess_l = G_l. A product of H_l with a random vector decides:
+        it must be exactly zero. The residuals of such a spectrum are its rounding; ``num_draws`` does not affect it.
+      layers: "all", "middle" (`middle_layers`), or names; all by default. The choice does not change a layer's
+        spectrum.
       max_bytes: for "gram" and "auto", as for `ggn_eigenvalues`.
-      progress: ``progress(done, total)`` in Lanczos steps over all layers; before them, with a total of its own, as of
-        `ggn_eigenvalues` where there is a Gram matrix.
+      progress: ``progress(done, total)`` in Lanczos steps over all layers. If there is a Gram matrix, its progress
+        comes first, with its own total, as for `ggn_eigenvalues`.
 
     Returns:
       {layer: Spectrum} in network order, and "total" for the whole net.

@@ -39,35 +39,35 @@ def hessian_trace_penalty(
 
     "hessian": with v_l scaled by sqrt(w_l), the penalty is v' Hess v and its gradient the second directional
     derivative of the gradient of the loss, jvp(jvp(grad)) along v, v. "ggn": with B B' = S and random e over the
-    outputs, the penalty is sum_l w_l ||g_l||^2 of g = J' B e; its gradient is one Hessian product of ``<B e, f>`` along
-    w g, and the term through B. Terms that couple two layers have mean zero: the penalty is the trace of the diagonal
-    blocks only, and for equal weights of the whole Hessian too.
+    outputs, the penalty is sum_l w_l ||g_l||^2 with g = J' B e; its gradient is one Hessian product of ``<B e, f>``
+    along w g, plus a term through B. Terms that couple two layers have mean zero, so the penalty is the trace of the
+    diagonal blocks only. With equal weights, this is the trace of the whole Hessian.
 
-    For piecewise linear nets with fixed batch statistics both forms have the same mean; on those that were measured
-    the values of "ggn" vary less, at about the same cost. A criterion without a closed-form factor is taken with v
-    over the parameters.
+    For piecewise linear nets with fixed batch statistics both forms have the same mean. In measurements "ggn" varied
+    less, at about the same cost. For a criterion without a closed-form factor, "ggn" draws v over the parameters.
 
     Args:
       loss: ``loss(params, batch) -> scalar``; for "ggn" an `Objective`.
-      params: a pytree of floating-point arrays. Half precision is taken in float32.
-      batch: any pytree of arrays; one batch, for the loop over `Batches` runs on the host.
+      params: a pytree of floating-point arrays. Half precision is converted to float32.
+      batch: one batch, any pytree of arrays. `Batches` are refused, because their loop runs on the host.
       key: a JAX random key.
-      layers: "all"; "middle" (`middle_layers` in network order, of three layers all); names; or {name: weight} with
-        weights >= 0. Scanned layers are named as a whole or by slices, not both.
-      num_probes: probes, in the memory of one (of a sixteenth of them beyond 16). Up to 16 stand one after another in
-        the program, which takes longer to compile with each; those of a net that runs in a ``lax.scan`` take a loop.
+      layers: "all"; "middle" (`middle_layers` in network order; of three layers, all); names; or {name: weight} with
+        weights >= 0. Name scanned layers as a whole or by slices, not both.
+      num_probes: number of probes. Up to 16 are computed one after another, in the memory of one; more are computed in
+        16 groups. The program contains each of these, so it takes longer to compile with more of them. For a net that
+        runs in a ``lax.scan``, it contains a loop over the probes instead.
       curvature: "hessian" or "ggn".
       probe: "rademacher" or "gaussian".
       has_aux: as for `hessian`.
 
     Returns:
-      The penalty, a float32 scalar (float64 for such parameters), and its gradient, a pytree like ``params`` in their
-      dtypes. Works under ``jit``.
+      The penalty, a float32 scalar (float64 for float64 parameters), and its gradient, a pytree with the structure and
+      dtypes of ``params``. Works under ``jit``.
 
     Raises:
       TypeError, ValueError: as `hessian`; ValueError for layers that select nothing, unknown names (the message lists
-        the layers) or overlapping ones, a weight that is negative or not finite, or a loss that does not use the
-        parameters, or none of those selected; TypeError for `Batches`.
+        the layers) or overlapping ones, a weight that is negative or not finite, or a loss that uses none of
+        the parameters or none of the selected ones; TypeError for `Batches`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxhess as jh
@@ -86,7 +86,7 @@ def hessian_trace_penalty(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Penalty:
-    """What is penalised, checked as far as can be seen without parameters; arguments as for `hessian_trace_penalty`."""
+    """A penalty, checked as far as is possible without parameters; arguments as for `hessian_trace_penalty`."""
 
     loss: Callable
     layers: Layers = "all"
@@ -103,7 +103,7 @@ class Penalty:
         sampler(self.probe)
 
     def __call__(self, params: PyTree, batch: PyTree, key: jax.Array) -> tuple[jax.Array, PyTree]:
-        """The penalty and its gradient, in at least float32 whatever the parameters are in."""
+        """The penalty and its gradient, in at least the precision of float32, whatever the parameters have."""
         check_key(key)
         if isinstance(batch, Batches):
             raise TypeError("the penalty takes one batch, not Batches; give the batch of the step")
@@ -148,7 +148,7 @@ def _leaf_weights(problem, layers):
 
 
 def _check_layers(layers):
-    """ValueError or TypeError for a selection of layers that can be seen to be wrong without the parameters."""
+    """ValueError or TypeError for a selection of layers that is wrong whatever the parameters are."""
     if isinstance(layers, str):
         if layers not in ("all", "middle"):
             raise ValueError(f"layers must be 'all', 'middle', a list of names or {{name: weight}}, got {layers!r}")
@@ -214,9 +214,9 @@ def _penalty(spec, params, batch, key):
 def _mean_over_probes(one, keys):
     """The mean of ``one(key)``, at most `UNROLLED` groups of probes one after another, each group vmapped.
 
-    The groups stand apart in the program: XLA's CPU backend is slow with convolutions inside a loop, and with those
-    that vmap makes of them. Each waits for the sum before it, or all would be in memory at once. What does not depend
-    on the probe is still computed once.
+    The groups are not in a loop, because XLA's CPU backend is slow with convolutions inside a loop, and with those that
+    vmap makes of them. Each group waits for the sum before it; otherwise all would be in memory at once. What does not
+    depend on the probe is still computed once.
     """
     size = -(-len(keys) // UNROLLED)
     total = None
@@ -230,10 +230,10 @@ def _mean_over_probes(one, keys):
 
 
 def _after(total, keys):
-    """The keys, not before a sum is known: a barrier would be gone before XLA's CPU backend orders the program."""
+    """The keys, once a sum is known: XLA's CPU backend would remove a barrier before it orders the program."""
     known = sum(x.ravel()[0].astype(jnp.float32) for x in jax.tree.leaves(total) if x.size)
     data = jax.random.key_data(keys)
-    # Of a sum that is NaN it does not matter what is added.
+    # If the sum is NaN, it does not matter what is added.
     return jax.random.wrap_key_data(data + jnp.isnan(known).astype(data.dtype), impl=jax.random.key_impl(keys))
 
 
@@ -243,7 +243,7 @@ def _hessian_form(spec, params, batch, key):
     def slope(p):
         return jax.jvp(jax.value_and_grad(lambda q: spec.loss(q, batch)), (p,), (v,))[1]
 
-    # The second derivative of the loss along v is v'Hv: without the product Hv, which nothing needs.
+    # The second derivative of the loss along v is v'Hv; the product Hv itself is not needed.
     return jax.jvp(slope, (params,), (v,))[1]
 
 
@@ -283,10 +283,10 @@ def _ggn_form_without_factor(spec, params, batch, key):
 
 
 def _runs_in_loop(loss, params, batch):
-    """Whether probes are better taken in a loop: the net runs in one itself, and has no convolutions outside of it.
+    """Whether probes should run in a loop: the net runs in one itself, and has no convolutions outside of it.
 
-    XLA's CPU backend lays out what a scan keeps for the backward pass for all probes at once, in whatever order they
-    run.
+    Without a loop over probes, XLA's CPU backend reserves what a scan keeps for the backward pass for all probes at
+    once, in whatever order they run.
     """
     found = list(equations(program(loss, params, batch)))
     convolves = any(eqn.primitive.name == "conv_general_dilated" and not inside for eqn, inside in found)

@@ -18,18 +18,18 @@ class Spectrum:
     """A spectral measure: sum_i weights_i * delta(t - nodes_i), of total mass 1.
 
     From Lanczos the nodes are Ritz values and the weights the squared first entries of the eigenvectors of T
-    (averaged over draws); an exact spectrum has the eigenvalues with weights 1/dim. Anyone may make one:
-    ``Spectrum(nodes, weights, dim)``, or `Spectrum.from_eigenvalues`.
+    (averaged over draws); an exact spectrum has the eigenvalues with weights 1/dim. To make one yourself, write
+    ``Spectrum(nodes, weights, dim)`` or use `Spectrum.from_eigenvalues`.
 
     Attributes:
       nodes: (m,) float64, sorted ascending.
       weights: (m,) float64, not negative, sum 1.
       dim: the number of eigenvalues, so that dim * mean is the trace.
       num_steps: the Lanczos steps of a draw, which set the width of the density; 128 for an exact spectrum.
-      residuals: (m,): within each of its node lies an eigenvalue. What Lanczos left undone, and the noise of the
-        products: what they do not repeat, and the rounding inside the operator. Zeros unless given.
+      residuals: (m,); an eigenvalue lies within this distance of each node. It covers the Lanczos steps that were not
+        taken, the differences between repeated products, and the rounding inside the operator. Zeros unless given.
       num_draws: the random start vectors that the weights are averaged over; 0 where all weights are exact.
-      fixed: (m,) of bool, the nodes whose weight is known, 1/dim, because they are single eigenvalues. None by default.
+      fixed: (m,) of bool; the nodes of a known weight, 1/dim, because they are single eigenvalues. None by default.
 
     Raises:
       ValueError: for nodes and weights of different lengths, no nodes, values that are not finite, negative weights
@@ -153,8 +153,8 @@ class Spectrum:
         Args:
           num_points: points of the grid.
           kappa: how far a bump may fall between two nodes, > 1.
-          margin: what the range gets on either side, as a share of it.
-          grid: (n,) points of one's own; by default evenly spaced over the range and five sigma beyond.
+          margin: how far the range is extended on either side, as a share of it.
+          grid: (n,) points; by default evenly spaced over the range and five sigma beyond.
 
         Returns:
           grid (n,) and phi (n,); phi integrates to 1 over the default grid.
@@ -244,15 +244,15 @@ def wasserstein(a: Spectrum, b: Spectrum, *, normalize: bool = False, with_error
 
     Args:
       a, b: `Spectrum`.
-      normalize: divide by the width of the interval that holds both, so that 0 is equal and 1 is two points at its
-        ends: free of units, comparable between nets.
+      normalize: divide by the width of the interval that holds both, so that 0 means equal and 1 means two points at
+        its ends. The result has no unit and can be compared between nets.
       with_error: return the standard error too.
 
     Returns:
-      The distance, in units of the eigenvalues unless normalised; ``with_error`` the pair (distance, standard error).
+      The distance, in units of the eigenvalues unless normalised; with ``with_error``, (distance, standard error).
 
     Raises:
-      TypeError: for something that is no `Spectrum`.
+      TypeError: for anything that is not a `Spectrum`.
 
     Example:
       >>> import jaxhess as jh
@@ -374,18 +374,18 @@ def count_outliers(spec_or_values: Spectrum | np.ndarray, *, method: str = "gap"
     that l_k / l_{k+1} is at least 1.5; else the upper group is split again, since a bulk is split in its middle where
     the outliers are few.
 
-    Where zeros are in the majority, as in G of a large net, the mean bounds nothing, and the small eigenvalues at the
-    end, which fall off steeply, are no border of a bulk: then at most half of the positive eigenvalues are candidates,
-    or ten, if that is more; and where no ratio among those is large enough, all positive ones stand apart from the
-    zeros, if all are above the mean.
+    If most eigenvalues are zero, as in G of a large net, the mean is no useful bound, and the steep fall of the
+    smallest positive eigenvalues is not the border of a bulk. Then at most half of the positive eigenvalues are
+    candidates, or ten, if that is more. If no ratio among these is large enough and all positive eigenvalues are above
+    the mean, all of them stand apart from the zeros.
 
-    "gap" looks at one ratio, so that outliers that lie as far from each other as from the bulk are cut short;
-    "profile" takes them whole. It needs outliers closer together than their distance to the bulk, and finds too few, or
-    none, where they are spread over an order of magnitude; so does "gap".
+    "gap" uses one ratio, so it finds only some of the outliers if they lie as far from each other as from the bulk;
+    "profile" finds all of them. It needs outliers that are closer together than their distance to the bulk. Both find
+    too few, or none, if the outliers are spread over an order of magnitude.
 
     Args:
       spec_or_values: `Spectrum`, or an array of all eigenvalues. Of a Lanczos spectrum take one draw: with several,
-        each eigenvalue comes once a draw.
+        each eigenvalue comes once in each draw.
       method: "gap" or "profile".
 
     Returns:

@@ -1,4 +1,4 @@
-"""The table of a net: one row a layer and one for the whole."""
+"""The table of a net: one row for each layer and one for the whole net."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What `summarize` finds of one layer, or of the whole net.
+    """What `summarize` finds for one layer, or for the whole net.
 
     Attributes:
       parameters: number of parameters.
       trace: Tr(Hess_l) with its standard error; exact where the spectrum is.
       ggn_trace: Tr(G_l) likewise; None for a plain loss, or a criterion that is not convex.
       lambda_max, lambda_min: extreme eigenvalues of Hess_l: Ritz values, or exact ones.
-      lambda_max_residual, lambda_min_residual: an eigenvalue lies within this of them.
+      lambda_max_residual, lambda_min_residual: an eigenvalue lies within this distance of them.
       trace_norm2: Tr(Hess_l) * ||w_l||^2, which does not change when a scale-invariant layer is scaled.
       trace_norm2_error: its standard error.
       outliers: `count_outliers` of the spectrum.
-      outliers_range: the smallest and largest count within two standard errors of the mean that the rule goes by.
+      outliers_range: the smallest and largest count within two standard errors of the mean that the rule uses.
       wasserstein: distance of the spectrum to the whole net's, in units of eigenvalues.
-      wasserstein_error: its standard error, an upper bound, as of `jaxhess.wasserstein`.
+      wasserstein_error: an upper bound of its standard error, as for `jaxhess.wasserstein`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxhess as jh
@@ -170,18 +170,18 @@ def summarize(
 ) -> Summary:
     """The curvature of every layer and of the whole net, as a table.
 
-    Where the spectrum of a layer is exact (by its Gram matrix where H_l = 0, or with as many Lanczos steps as it has
-    parameters) its traces are those of the spectrum, and no probe is drawn for them. Traces add up, so those of the
-    whole net are exact where those of all its layers are.
+    If the spectrum of a layer is exact (from its Gram matrix if H_l = 0, or with as many Lanczos steps as parameters),
+    its traces are those of the spectrum, and no probes are drawn for them. Traces add up, so those of the whole net are
+    exact if those of all layers are.
 
     Args:
       objective: an `Objective`; a plain loss gives a table without Tr G.
       params, batch, has_aux: as for `hessian`.
       key: a JAX random key; the spectra are those of `layer_spectra` with the same key.
       num_probes: probes of each trace that is not exact.
-      num_steps: Lanczos steps of each spectrum. The residuals beside lambda_max and lambda_min say whether they
+      num_steps: Lanczos steps of each spectrum. The residuals next to lambda_max and lambda_min say whether they
         were enough.
-      method: of the spectra: "auto", exact where that is possible, or "lanczos"; as for `layer_spectra`.
+      method: how spectra are computed: "auto", exact where possible, or "lanczos"; as for `layer_spectra`.
       layers: "all", "middle" (`middle_layers`), or names; all by default.
       chunk_size: probes at a time, as for `layer_traces`; fewer need less memory.
       max_bytes, progress: as for `layer_spectra`.
@@ -190,7 +190,7 @@ def summarize(
       `Summary`: a mapping of `Record` that prints as a table, "total" last.
 
     Raises:
-      TypeError, ValueError: as `hessian`; TypeError under ``jit``, where `layer_traces` runs in its place.
+      TypeError, ValueError: as `hessian`; TypeError under ``jit`` (use `layer_traces` there).
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxhess as jh

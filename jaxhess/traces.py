@@ -49,14 +49,14 @@ def trace(
     Args:
       operator: v -> A v, as from `hessian`; traceable by JAX, or over `Batches`.
       like: a pytree of arrays like v.
-      key: a JAX random key; the same key gives the same probes, and more probes begin with the fewer.
-      num_probes: number of probes; with a tolerance, the least number (and not below 8: the standard error of
-        fewer is too often small by chance).
+      key: a JAX random key; the same key gives the same probes, and a longer run begins with those of a shorter one.
+      num_probes: number of probes; with a tolerance, the smallest number (at least 8: with fewer, the standard error
+        is too often small by chance).
       probe: "rademacher" or "gaussian".
       rtol, atol: with either, probes are added until the standard error is at most max(atol, rtol * |mean|), or
-        ``max_probes`` is reached. The standard error of the result tells which.
+        ``max_probes`` is reached. The standard error of the result tells which happened.
       max_probes: largest number of probes under a tolerance.
-      chunk_size: probes at a time; memory is that of so many products.
+      chunk_size: probes computed at a time; they take the memory of as many products.
 
     Returns:
       `Estimate` of scalars. Works under ``jit`` without tolerances.
@@ -64,7 +64,7 @@ def trace(
     Raises:
       ValueError: for fewer than one probe, an unknown probe, a negative tolerance, an empty ``like``, or a product that
         is not finite.
-      TypeError: for a key that is none, or a tolerance under ``jit``.
+      TypeError: if ``key`` is not a JAX random key, or for a tolerance under ``jit``.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxhess as jh
@@ -128,8 +128,8 @@ def layer_traces(
       has_aux: as for `hessian`.
 
     Returns:
-      {layer: Estimate} in network order, and "total" with the standard error of the sum: layers share probes, so
-      that it is not the root of the sum of squares.
+      {layer: Estimate} in network order, and "total" with the standard error of the sum. Layers share probes, so
+      it is not the root of the sum of squares.
 
     Raises:
       TypeError, ValueError: as `hessian` and `trace`; ValueError for "ggn" with a criterion that is not convex.

@@ -19,14 +19,14 @@ _MISSING = object()
 
 
 class HessianTraceState(NamedTuple):
-    """The state of `add_hessian_trace`, arrays only, so that a checkpoint brings back the same probes.
+    """The state of `add_hessian_trace`: arrays only, so that a checkpoint restores the same probes.
 
     Attributes:
       count: int32, steps so far.
       key: the raw data of the random key.
       penalty: the last penalty sum_l w_l Tr(A_l), without gamma; 0 before the first.
-      skipped: int32, penalties left out because they or what they would have added were not finite, or because the
-        schedule of gamma was negative.
+      skipped: int32, the number of penalties that were left out: the penalty or its scaled gradient was not finite, or
+        the schedule returned a negative gamma.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxhess as jh
@@ -56,39 +56,40 @@ def add_hessian_trace(
     probe: str = "rademacher",
     has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adds the gradient of gamma * sum_l w_l Tr(A_l) to the updates, on every so many steps.
+    """Adds the gradient of gamma * sum_l w_l Tr(A_l) to the updates, on every ``every``-th step.
 
-    It acts on the steps with count >= start and (count - start) divisible by ``every``, so on the first one too; on
-    the steps between it does nothing. The value of the last penalty is in the state. A penalty that is not finite, or
-    is not when gamma has scaled it, is left out of its step and counted in ``skipped``, and so is one whose gamma comes
-    negative from a schedule. Under ``jit`` the steps between are a branch of ``lax.cond``; XLA's CPU backend is slow
-    with convolutions inside a branch, so that there two compiled steps, one with ``every=1`` and one without the
-    transformation, are the faster way (`experiments/train.py` does that).
+    It acts on the steps with count >= start for which (count - start) is divisible by ``every``, so on the first step
+    too. On all other steps it does nothing. The state holds the value of the last penalty. A penalty that is not
+    finite, before or after it is scaled by gamma, is left out of its step and counted in ``skipped``. So is one for
+    which a schedule returns a negative gamma. Under ``jit`` the penalty is in a branch of ``lax.cond``. XLA's CPU
+    backend runs convolutions inside a branch slowly: there, compile two steps, one with ``every=1`` and one without the
+    transformation, and choose between them in Python, as `experiments/train.py` does.
 
-    Its place in the chain decides what happens to the penalty: before ``optax.scale_by_adam`` Adam preconditions it
-    with the gradient, behind it is added as it is (as in decoupled weight decay), and behind ``optax.sgd`` it would
-    be added to the step itself, with the wrong sign: put it first.
+    Put it first in the chain. Its place decides what happens to the penalty. Before ``optax.scale_by_adam``, Adam
+    preconditions it together with the gradient. After ``optax.scale_by_adam``, it is added unchanged, as in decoupled
+    weight decay. After ``optax.sgd``, it would be added to the step itself, with the wrong sign.
 
-    Whatever changes from step to step and is not a parameter travels inside ``batch``: images, labels, masks, batch
-    statistics, a dropout key. Batch norm: the penalty is that of the loss as you give it. One that normalises with
-    the batch couples the examples, and H_l is not zero; one that reads fixed statistics from the batch does not.
-    Dropout: with the step's key in the batch the penalty is that of the thinned net of this step.
+    Everything that changes from step to step and is not a parameter belongs in ``batch``: images, labels, masks, batch
+    statistics, a dropout key. The penalty is that of the loss as you give it. Batch norm that normalises with the batch
+    couples the examples, so H_l is not zero; batch norm that reads fixed statistics from the batch does not. With
+    dropout and the step's key in the batch, the penalty is that of the thinned net of this step.
 
-    Curvature of half-precision parameters is computed in float32, and the updates keep their dtype. Inside
+    The curvature of half-precision parameters is computed in float32, and the updates keep their dtype. Inside
     ``optax.MultiSteps`` the penalty is that of the last micro-batch's parameters and batch. Under
     ``optax.inject_hyperparams`` name all arguments but gamma: ``static_args=("loss", "every", "start", "layers",
     "num_probes", "curvature", "probe", "has_aux")`` (and "key" for a raw one). Select layers with ``layers``, not with
     ``optax.masked``, which hides parameters from the loss.
 
-    On several devices arrays with a ``jax.sharding`` are taken as they are. Under ``jax.pmap``, or ``shard_map`` with
-    ``check_vma=False``, each device sees its part of the batch only and adds a penalty of its own: take the mean over
-    devices of what this transformation returns, not of the gradients before it, or the copies of the parameters part.
+    On several devices, arrays with a ``jax.sharding`` need no special treatment. Under ``jax.pmap``, or ``shard_map``
+    with ``check_vma=False``, each device sees only its part of the batch and adds its own penalty. There, average over
+    devices what this transformation returns, not the gradients before it; otherwise the copies of the parameters
+    diverge.
 
     Args:
       loss: ``loss(params, batch) -> scalar``; for "ggn" an `Objective`.
       gamma: coefficient >= 0, or a schedule ``gamma(count)``.
       key: a JAX random key; the probes of a step are those of ``fold_in(key, count)``.
-      every: f_r of the paper; the penalty is not scaled by it.
+      every: number of steps from one penalty to the next, f_r in the paper. The penalty is not scaled by it.
       start: first step with the penalty.
       layers, num_probes, curvature, probe, has_aux: as for `hessian_trace_penalty`. Layers are resolved when the
         first update is traced.
@@ -98,8 +99,8 @@ def add_hessian_trace(
 
     Raises:
       ValueError, TypeError: for a gamma that is negative or not finite, ``every`` < 1, ``start`` < 0, an empty or
-        unknown selection of layers, or a key that is none; in ``update`` for missing ``params`` or ``batch``, and as
-        `hessian_trace_penalty`.
+        unknown selection of layers, or a ``key`` that is not a JAX random key; in ``update`` if ``params`` or
+        ``batch`` is missing, and as `hessian_trace_penalty`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, jaxhess as jh
@@ -188,7 +189,7 @@ def _add(updates, state, gamma, penalty, gradient):
 
 
 def _check_update(others, params, batch, state_key, key):
-    """What is missing in a call of update, or does not go together."""
+    """Raises an error for a call of update that lacks an argument, or whose arguments do not fit together."""
     if others:
         raise TypeError("the batch is given by name: tx.update(grads, state, params, batch=batch)")
     if params is None:
@@ -221,5 +222,5 @@ def _key_data(key):
 def _is_coefficient(gamma):
     try:
         return not isinstance(gamma, bool) and np.ndim(gamma) == 0 and bool(np.isfinite(gamma) and gamma >= 0)
-    except TypeError:  # of what is no number, or complex
+    except TypeError:  # not a number, or complex
         return False

@@ -6,6 +6,7 @@ import pathlib
 import re
 
 import jax
+import matplotlib
 import numpy as np
 import pytest
 
@@ -17,21 +18,24 @@ def blocks(path):
 
 
 @pytest.fixture(scope="module")
-def ran():
-    """The names that the examples leave, and what those of the guide print."""
-    names, printed = {}, io.StringIO()
-    with jax.numpy_rank_promotion("allow"):  # the tests' ban is no rule for the reader
+def ran(tmp_path_factory):
+    """The names that the examples leave, what those of the guide print, and the folder they write to."""
+    matplotlib.use("agg")
+    names, printed, folder = {}, io.StringIO(), tmp_path_factory.mktemp("guide")
+    # The tests' ban on rank promotion is no rule for the reader.
+    with contextlib.chdir(folder), jax.numpy_rank_promotion("allow"):
         with contextlib.redirect_stdout(io.StringIO()):
             for code in blocks("README.md"):
                 exec(compile(code, "README.md", "exec"), names)
         with contextlib.redirect_stdout(printed):
             for code in blocks("docs/guide.md"):
                 exec(compile(code, "docs/guide.md", "exec"), names)
-    return names, printed.getvalue()
+    yield names, printed.getvalue(), folder
+    names["plt"].close("all")
 
 
 def test_eigenpairs_satisfy_their_equation(ran):
-    names, _ = ran
+    names, *_ = ran
     params = names["params"]
     assert names["values"].shape == (3,) and set(names["vectors"]) == set(params["fc1"])
     with jax.numpy_rank_promotion("allow"):
@@ -43,7 +47,7 @@ def test_eigenpairs_satisfy_their_equation(ran):
 
 
 def test_labels_from_a_tuple_and_many_batches_give_the_traces_of_one(ran):
-    _, printed = ran
+    _, printed, _ = ran
     traces = [tuple(map(float, found)) for found in re.findall(r"^(\S+) \+- (\S+)$", printed, re.MULTILINE)]
     assert len(traces) == 2
     (ggn, ggn_error), (hessian, hessian_error) = traces
@@ -52,6 +56,33 @@ def test_labels_from_a_tuple_and_many_batches_give_the_traces_of_one(ran):
 
 
 def test_the_penalty_was_added(ran):
-    names, _ = ran
+    names, *_ = ran
     state = names["opt_state"][0]
-    assert int(state.count) == 1 and float(state.penalty) > 0 and int(state.skipped) == 0
+    # Of one step alone, and of three with the monitor.
+    assert int(state.count) == 4 and float(state.penalty) > 0 and int(state.skipped) == 0
+
+
+def test_pictures_show_every_layer(ran):
+    names, _, folder = ran
+    densities, traces, eigenvalues = names["axes"]
+    assert [text.get_text() for text in densities.get_legend().get_texts()] == list(names["table"])
+    assert [text.get_text() for text in traces.get_xticklabels()] == [
+        name for name in names["table"] if name != "total"
+    ]
+    assert [text.get_text() for text in traces.get_legend().get_texts()] == ["Hess", "G"]
+    assert len(eigenvalues.lines[0].get_ydata()) == 20 and (folder / "curvature.png").stat().st_size > 10_000
+
+
+def test_scipy_finds_the_eigenvalues_of_the_operator(ran):
+    names, printed, _ = ran
+    (found,) = re.findall(r"^\[(.*)\]$", printed, re.MULTILINE)
+    np.testing.assert_allclose(sorted(map(float, found.split())), sorted(names["values"]), rtol=1e-4)
+
+
+def test_the_monitor_measured_the_first_step(ran):
+    names, _, folder = ran
+    assert (folder / "curvature.jsonl").exists() and names["mon"].left_out == 0
+    (record,) = names["records"]
+    assert record["step"] == 0 and {f"trace/{name}" for name in names["table"]} < set(record)
+    # After two steps with a learning rate of 0.01, the largest eigenvalue is close to that of the table.
+    assert record["lambda_max/total"] == pytest.approx(names["table"]["total"].lambda_max, rel=0.5)

@@ -62,7 +62,6 @@ def test_the_workflow_calls_make_on_every_python():
         assert re.search(rf"^{command.removeprefix('make ')}:", text("Makefile"), re.MULTILINE), command
 
 
-@pytest.mark.skipif(not (ROOT / "jaxhess" / "traces.py").exists(), reason="the guide names the modules to come")
 def test_the_files_that_the_contributing_guide_names_are_there():
     named = re.findall(r"`((?:jaxhess|experiments|docs|tests)/[\w/.]+)`", text("CONTRIBUTING.md"))
     assert len(named) > 10
@@ -76,3 +75,21 @@ def test_the_make_targets_that_the_documents_name_are_there():
         assert named
         for target in named:
             assert re.search(rf"^{target}:", text("Makefile"), re.MULTILINE), (path, target)
+
+
+def test_the_command_line_takes_the_commands_of_the_documents():
+    for package in ("tyro", "orbax.checkpoint", "tensorflow_datasets"):
+        pytest.importorskip(package, reason="the extra experiments is not installed")
+    from experiments import run
+
+    page = text("docs/experiments.md")
+    commands = re.findall(r"^python -m experiments\.run (\w.*)$", text("README.md") + page, re.MULTILINE)
+    commands += re.findall(r"^experiments (.*)$", page, re.MULTILINE) + re.findall(
+        r"^\| `(.*?)` \|", page, re.MULTILINE
+    )
+    assert len(commands) > 12
+    for command in commands:
+        name, *words = command.split("  #")[0].split()
+        run.parse([word for word in words if word != "--help"], run.load(name).Config, run.Options)
+    also = re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| `.*` \| (.*) \|$", page, re.MULTILINE)))
+    assert {"demo", *also, *(command.split()[0] for command in commands)} >= set(run.experiments()) - {"table3"}
