@@ -48,9 +48,9 @@ def spectrum(
     the nodes and weights of a Gauss quadrature, which is exact for polynomials up to degree 2 m - 1 under the spectral
     measure of that vector. Draws are averaged.
 
-    A start vector sees a single eigenvalue with a random weight, chi^2_1 / dim. With deflated weights, a Ritz value that
-    has converged gets its true weight, 1 / dim, and the others share the rest in proportion. This makes the trace, the
-    density and distances far more precise. A quarter as many further steps, from a vector orthogonal to the leading
+    A start vector sees a single eigenvalue with a random weight, chi^2_1 / dim. With deflated weights, a Ritz value
+    that has converged gets its true weight, 1 / dim, and the others share the rest in proportion. This makes the trace,
+    the density and distances far more precise. A quarter as many further steps, from a vector orthogonal to the leading
     eigenvectors, show which of these eigenvalues are repeated; they keep the weight that was seen. Other repeated
     eigenvalues are recognised by their weight. With a single draw, one that is repeated only a few times can be missed.
 
