@@ -247,7 +247,8 @@ def _split(problem, key, plan, probe, method):
         ggn = traces_of(problem, "ggn", ggn_key, plan, probe, "auto")
     except NoGramError:
         ggn = traces_of(problem, "ggn", ggn_key, plan, probe, "hutchinson")
-    left = tuple(layer for layer in problem.layers if layer.name not in layers_without_h(problem, problem.layers, key))
+    zero = layers_without_h(problem, problem.layers, key)
+    left = tuple(layer for layer in problem.layers if layer.name not in zero)
     if not left:
         return {name: Estimate(*e, "split" if e.num_probes else "exact") for name, e in ggn.items()}
     curvature = "functional"
@@ -260,8 +261,8 @@ def _split(problem, key, plan, probe, method):
         total = _sum([ggn["total"], rest["total"]])
     else:
         found, total = {layer.name: rest[layer.name] for layer in left}, _sum([*same, rest["total"]])
-    zero = {name: Estimate(*e, "split" if e.num_probes else "exact") for name, e in ggn.items()}
-    return {layer.name: found.get(layer.name, zero[layer.name]) for layer in problem.layers} | {"total": total}
+    of_g = {name: Estimate(*e, "split" if e.num_probes else "exact") for name, e in ggn.items()}
+    return {layer.name: found.get(layer.name, of_g[layer.name]) for layer in problem.layers} | {"total": total}
 
 
 def _sum(estimates):
