@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 
 import helpers
 import jax
@@ -45,8 +46,21 @@ def test_a_mapping():
     assert list(table()) == list(table().keys()) == LAYERS
     assert len(table()) == 3 and "fc1" in table() and table()["fc1"] is dict(table())["fc1"]
     assert list(table().spectra) == LAYERS
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match=r"no layer 'fc3' in the table; choose from \['fc1', 'fc2', 'total'\]"):
         table()["fc3"]
+    assert table().get("fc3") is None and "fc3" not in table()
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_record_prints_the_columns_of_its_row(layer):
+    head, row = (
+        re.split(r"  +", line.strip()) for line in str(table()).splitlines() if line.split()[0] in ("layer", layer)
+    )
+    lines = [re.split(r"  +", line) for line in str(table()[layer]).splitlines()]
+    assert [name for name, _ in lines] == head[1:]
+    columns = len(lines) - (layer == "total")  # its distance to itself is a dash in the table
+    assert [text for _, text in lines][:columns] == row[1:][:columns]
+    assert len({line.index(text) for (_, text), line in zip(lines, str(table()[layer]).splitlines(), strict=True)}) == 1
 
 
 def test_prints_one_row_a_layer_and_one_for_the_whole():
@@ -82,7 +96,7 @@ def test_to_dict_is_json(plain):
 
 def test_options_and_batches():
     """Few steps, many batches, a progress callback, an aux."""
-    p = problem("softmax regression")
+    p = problem("mlp")
     objective = jh.Objective(lambda params, batch: (helpers.mlp(params, batch), None), jh.cross_entropy)
     halves = jh.Batches([jax.tree.map(lambda x: x[:4], p.batch), jax.tree.map(lambda x: x[4:], p.batch)])
     calls = []
@@ -91,7 +105,7 @@ def test_options_and_batches():
     assert found["fc1"].trace.num_probes == 4
     assert len(found.spectra["total"].nodes) == 3
     assert found["fc1"].lambda_max_residual > 0  # three steps were not enough, and it says so
-    assert calls == [(i, 6) for i in range(1, 7)]
+    assert calls == [(i, 9) for i in range(1, 10)]
 
 
 @pytest.mark.parametrize(
