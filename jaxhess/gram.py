@@ -199,12 +199,17 @@ def row_traces(problem: Problem) -> dict[str, tuple[float, float]]:
     def of(batch):
         return _by_example(Rows.of(Problem(problem.loss, problem.params, batch)), problem.layers).sum(0)
 
-    if problem.many:
-        found = problem.batch.fold(lambda mean, b, share, _: of(b) if mean is None else mean + share * (of(b) - mean))
-    else:
-        found = of(problem.first)
+    try:
+        found = problem.batch.fold(partial(_mean_of, of)) if problem.many else of(problem.first)
+    except NotFiniteError:
+        raise NotFiniteError(why_not_finite("ggn", problem.loss, problem.params, problem.batch)) from None
     eps = 10 * own_eps(problem.params)
     return {layer.name: (float(x), eps * float(x)) for layer, x in zip(problem.layers, found, strict=True)}
+
+
+def _mean_of(of, mean, batch, share, number):
+    new = of(batch)
+    return new if mean is None else mean + share * (new - mean)
 
 
 def _by_example(rows, layers):

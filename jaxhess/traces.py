@@ -11,7 +11,7 @@ import jax.flatten_util
 import numpy as np
 import optax
 
-from jaxhess._checks import check_choice, check_key, check_like, is_traced
+from jaxhess._checks import NotFiniteError, check_choice, check_key, check_like, is_traced
 from jaxhess._diagnosis import why_not_finite
 from jaxhess._linear import as_linear
 from jaxhess._products import At
@@ -109,9 +109,9 @@ def layer_traces(
 
     By probes, "hessian" and "functional": with one v over all parameters, v_l . (A v)_l is unbiased for Tr(A_l) for
     every layer at once, for one product of the whole net. "ggn": with B B' = S and random e over the outputs,
-    ||(J' B e)_l||^2 is unbiased for Tr(G_l), for one backward pass, summed over groups of examples where these do not
-    depend on each other. Exactly: Tr(G_l) = sum ||(J' b)_l||^2 over the columns b of B, one backward pass of an example
-    for each of its outputs. Tr(Hess_l) = Tr(G_l) + Tr(H_l), where H_l is zero in piecewise linear nets.
+    ||(J' B e)_l||^2 is unbiased for Tr(G_l), for one backward pass; "auto" sums it over groups of examples that do not
+    depend on each other, which is less noisy. Exactly: Tr(G_l) = sum ||(J' b)_l||^2 over the columns b of B, one
+    backward pass of an example for each of its outputs. Tr(Hess_l) = Tr(G_l) + Tr(H_l), where H_l is zero in piecewise linear nets.
 
     Args:
       objective: a loss, or an `Objective` (which "ggn" and "functional" need).
@@ -166,13 +166,13 @@ def traces_of(
         return _exact(problem, "ggn")
     if curvature == "hessian" and (method == "split" or (method == "auto" and known and _splits(problem))):
         return _split(problem, key, plan, probe, method)
-    return _by_probes(problem, curvature, problem.layers, key, plan, probe)
+    return _by_probes(problem, curvature, problem.layers, key, plan, probe, method)
 
 
-def _by_probes(problem, curvature, layers, key, plan, probe):
+def _by_probes(problem, curvature, layers, key, plan, probe, method="hutchinson"):
     """Of some layers, and of the sum over these."""
     names = [*(layer.name for layer in layers), "total"]
-    samples = _samples(problem, curvature, layers, probe)
+    samples = _samples(problem, curvature, layers, probe, method)
 
     def draw(keys):
         return problem.mean(samples, lambda number: (samples.keys_of_batch(keys, number),))
@@ -181,14 +181,14 @@ def _by_probes(problem, curvature, layers, key, plan, probe):
     return dict(zip(names, plan.estimate(draw, why, key, names), strict=True))
 
 
-def _samples(problem, curvature, layers, probe) -> Samples:
+def _samples(problem, curvature, layers, probe, method) -> Samples:
     criterion = factored(problem.loss.criterion, problem.outputs, problem.first) if curvature == "ggn" else None
     if criterion is None:
         product(curvature, problem)  # checks that there is one
         return ProductSamples(At(curvature, problem.loss, problem.whole), layers, sampler(probe))
-    known = not is_traced(problem.params, problem.first)
+    groups = method == "auto" and not is_traced(problem.params, problem.first)
     objective = Objective(problem.loss.predict, criterion)
-    return FactorSamples(objective, layers, sampler(probe), problem.of_examples if known else None)
+    return FactorSamples(objective, layers, sampler(probe), problem.of_examples if groups else None)
 
 
 # ---- exact ones ----
@@ -199,6 +199,9 @@ def _exact(problem, curvature):
         found = row_traces(problem)
     else:
         found = {layer.name: _columns(product(curvature, problem), layer, problem.params) for layer in problem.layers}
+    if bad := [name for name, (value, _) in found.items() if not np.isfinite(value)]:
+        why = why_not_finite(curvature, problem.loss, problem.params, problem.batch)
+        raise NotFiniteError(f"exact traces are not finite for {[*bad, 'total']}: {why}")
     estimates = {name: Estimate(value, error, 0, "exact") for name, (value, error) in found.items()}
     total = sum(e.mean for e in estimates.values()), sum(e.std_error**2 for e in estimates.values()) ** 0.5
     return estimates | {"total": Estimate(*total, 0, "exact")}
@@ -217,9 +220,10 @@ def _columns(operator, layer, params):
 
 def _rows_are_cheap(problem, plan):
     """Whether an example has no more outputs than there are probes, and does not depend on others."""
-    if problem.outputs.ndim < 2 or problem.outputs[0].size > plan.num_probes or plan.adaptive:
+    each = problem.outputs.size // max(1, len(problem.outputs)) if problem.outputs.ndim > 1 else plan.num_probes + 1
+    if each > plan.num_probes or plan.adaptive:
         return False
-    bytes_each = problem.outputs[0].size * sum(x.nbytes for x in jax.tree.leaves(problem.params))
+    bytes_each = each * sum(x.nbytes for x in jax.tree.leaves(problem.params))
     return bytes_each <= 2**30 and problem.of_examples is not None
 
 

@@ -193,6 +193,14 @@ def everything(objective, params, batch):
         "linearize": lambda: jh.linearize(hv, like=params)(ones),
         "aslinearoperator": lambda: jh.aslinearoperator(hv, like=params) @ np.ones(helpers.ravel(params).size),
         "trace": lambda: jh.trace(hv, like=params, **few),
+        "diagonal": lambda: jh.diagonal(hv, like=params, **few),
+        "layer_traces, split": lambda: jh.layer_traces(*at, **few, method="split"),
+        "layer_traces, exact": lambda: jh.layer_traces(*at, **few, curvature="ggn", method="exact"),
+        "example_traces": lambda: jh.example_traces(*at),
+        "ggn_diagonal": lambda: jh.ggn_diagonal(*at),
+        "ggn_eigenpairs": lambda: jh.ggn_eigenpairs(*at, k=2),
+        "layer_interactions": lambda: jh.layer_interactions(*at),
+        "layer_interactions, probes": lambda: jh.layer_interactions(*at, curvature="hessian", **few),
         "layer_traces": lambda: jh.layer_traces(*at, **few),
         "layer_traces, ggn": lambda: jh.layer_traces(*at, **few, curvature="ggn", probe="gaussian"),
         "layer_traces, jit": lambda: jax.jit(lambda p: jh.layer_traces(objective, p, batch, **few)["total"].mean)(
@@ -287,9 +295,15 @@ def probed(key):
     return {
         "trace": lambda size: jh.trace(hv, like=P.params, chunk_size=size, **few),
         "gaussian": lambda size: jh.trace(hv, like=P.params, chunk_size=size, probe="gaussian", **few),
-        "layer_traces": lambda size: jh.layer_traces(*at, P.batch, chunk_size=size, **few)["total"],
-        "ggn": lambda size: jh.layer_traces(*at, P.batch, chunk_size=size, curvature="ggn", **few)["total"],
-        "Batches": lambda size: jh.layer_traces(*at, MANY, chunk_size=size, curvature="ggn", **few)["total"],
+        "layer_traces": lambda size: jh.layer_traces(*at, P.batch, chunk_size=size, method="hutchinson", **few)[
+            "total"
+        ],
+        "ggn": lambda size: jh.layer_traces(*at, P.batch, chunk_size=size, curvature="ggn", method="hutchinson", **few)[
+            "total"
+        ],
+        "Batches": lambda size: jh.layer_traces(
+            *at, MANY, chunk_size=size, curvature="ggn", method="hutchinson", **few
+        )["total"],
     }
 
 

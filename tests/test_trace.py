@@ -129,7 +129,14 @@ def test_the_standard_error_of_the_total_counts_that_layers_share_probes():
     """Their estimates are correlated, so that the root of the sum of squares would be wrong."""
     p = problem("sequence")
     found = jh.layer_traces(
-        p.objective, p.params, p.batch, key=jax.random.key(0), num_probes=512, curvature="ggn", chunk_size=64
+        p.objective,
+        p.params,
+        p.batch,
+        key=jax.random.key(0),
+        num_probes=512,
+        curvature="ggn",
+        method="hutchinson",
+        chunk_size=64,
     )
     alone = np.hypot(found["fc1"].std_error, found["fc2"].std_error)
     assert abs(found["total"].std_error / alone - 1) > 0.1
@@ -168,7 +175,14 @@ def test_ggn_probes_are_fresh_for_each_batch_and_hessian_probes_are_not():
     def errors(curvature):
         return [
             jh.layer_traces(
-                p.objective, p.params, batch, key=jax.random.key(0), num_probes=512, curvature=curvature, chunk_size=64
+                p.objective,
+                p.params,
+                batch,
+                key=jax.random.key(0),
+                num_probes=512,
+                curvature=curvature,
+                method="hutchinson",
+                chunk_size=64,
             )["total"].std_error
             for batch in (twice, p.batch)
         ]
@@ -244,7 +258,9 @@ def test_under_jit_the_result_is_the_same():
 
 
 def layer_traces_of_ggn(params, batch, key):
-    return jh.layer_traces(problem("mlp").objective, params, batch, key=key, num_probes=6, curvature="ggn")
+    return jh.layer_traces(
+        problem("mlp").objective, params, batch, key=key, num_probes=6, curvature="ggn", method="hutchinson"
+    )
 
 
 # ---- when to stop ----
