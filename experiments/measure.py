@@ -19,7 +19,7 @@ from experiments.models import objective
 
 PyTree = Any
 GRAM_BYTES = 4 * 2**30  # of rows that are held: a gradient each, 37 GB for 1,000 of VGG11
-_FIELDS = ("nodes", "weights", "residuals", "dim", "num_steps")
+_FIELDS = ("nodes", "weights", "residuals", "dim", "num_steps", "num_draws", "fixed")
 
 
 def measure_batch(dataset: Dataset, images_per_class: int, batch_stats: PyTree) -> PyTree:

@@ -202,7 +202,8 @@ def row_traces(problem: Problem) -> dict[str, tuple[float, float]]:
     try:
         found = problem.batch.fold(partial(_mean_of, of)) if problem.many else of(problem.first)
     except NotFiniteError:
-        raise NotFiniteError(why_not_finite("ggn", problem.loss, problem.params, problem.batch)) from None
+        why = why_not_finite("ggn", problem.loss, problem.params, problem.batch)
+        raise NotFiniteError(f"rows of the Jacobian are not finite: {why}") from None
     eps = 10 * own_eps(problem.params)
     return {layer.name: (float(x), eps * float(x)) for layer, x in zip(problem.layers, found, strict=True)}
 

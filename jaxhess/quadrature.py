@@ -146,7 +146,7 @@ class Runs:
         def rest(v):
             return without(rows, operator(without(rows, v)))
 
-        again = lanczos(rest, start, steps, reorthogonalize=self.reorthogonalize)
+        again = lanczos(rest, start, steps, reorthogonalize=False)  # ghost copies tell the same
         return recurring(values, _nodes(again.alphas, again.betas))
 
 

@@ -111,7 +111,8 @@ def layer_traces(
     every layer at once, for one product of the whole net. "ggn": with B B' = S and random e over the outputs,
     ||(J' B e)_l||^2 is unbiased for Tr(G_l), for one backward pass; "auto" sums it over groups of examples that do not
     depend on each other, which is less noisy. Exactly: Tr(G_l) = sum ||(J' b)_l||^2 over the columns b of B, one
-    backward pass of an example for each of its outputs. Tr(Hess_l) = Tr(G_l) + Tr(H_l), where H_l is zero in piecewise linear nets.
+    backward pass of an example for each of its outputs. Tr(Hess_l) = Tr(G_l) + Tr(H_l), where H_l is zero in piecewise
+    linear nets.
 
     Args:
       objective: a loss, or an `Objective` (which "ggn" and "functional" need).

@@ -861,12 +861,13 @@ def test_auto_is_lanczos_where_a_mapped_net_has_no_gram_matrix(mapped, curvature
 
 def test_the_table_of_a_mapped_net(mapped):
     found, expected = (
-        jh.summarize(*at, key=KEY, num_steps=4, num_probes=2, method=method)
+        jh.summarize(*at, key=KEY, num_steps=4, num_probes=64, method=method)
         for at, method in zip(mapped, ("auto", "lanczos"), strict=True)
     )
     for name, record in expected.items():
         assert found[name].lambda_max == pytest.approx(record.lambda_max, rel=1e-3)
-        assert found[name].ggn_trace.mean == pytest.approx(record.ggn_trace.mean, rel=1e-4)
+        trace = found[name].ggn_trace  # by probes, since rows cannot be cut from arrays on the mesh
+        assert abs(trace.mean - record.ggn_trace.mean) < 4 * np.hypot(trace.std_error, record.ggn_trace.std_error)
 
 
 def test_the_gram_matrix_of_a_mapped_net_says_what_works(mapped):
