@@ -1,4 +1,19 @@
-"""Curvature of neural networks in JAX, layer by layer."""
+"""Curvature of neural networks in JAX, layer by layer.
+
+Start here: `summarize` measures every layer and the whole net, and prints as a table.
+
+- Problem: `Objective`, `Criterion`, `CrossEntropy`, `cross_entropy`, `SquaredError`, `squared_error`, `Batches`
+- Layers: `layer_names`, `middle_layers`, `subtree`
+- Products: `hessian`, `ggn`, `functional_hessian`, `linearize`, `aslinearoperator`
+- Traces and diagonals: `layer_traces`, `trace`, `example_traces`, `diagonal`, `ggn_diagonal`
+- Spectra: `layer_spectra`, `spectrum`, `lanczos`, `count_outliers`, `wasserstein`, `jensen_shannon`, `kl_divergence`
+- Eigenvalues: `top_eigenpairs`, `ggn_eigenvalues`, `ggn_eigenpairs`
+- Structure: `layer_interactions`, `class_structure`, `layer_class_structures`
+- Penalty: `add_hessian_trace` (for optax), `hessian_trace_penalty`
+- Results: `Summary`, `Record`, `Estimate`, `Spectrum`, `Interactions`, `ClassStructure`, `Tridiagonal`,
+  `HessianTraceState`
+- Modules: `jaxhess.plot` draws, `jaxhess.monitor` measures during training
+"""
 
 import importlib.metadata as _metadata
 

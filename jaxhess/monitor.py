@@ -6,6 +6,7 @@ import json
 import math
 import pathlib
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -27,10 +28,11 @@ class Sink(Protocol):
 class Monitor:
     """Measures a net every so many steps, as long as that stays within a share of the training's time.
 
-    The first measurement includes compilation; it is always taken, and it counts. A later measurement is left out if it
-    would exceed the share, assuming that it takes as long as the last one. A call on any other step costs nothing: only
-    a measurement waits for the device. The probes depend only on the key and the step, so a training that is resumed
-    draws the same probes.
+    The first measurement is always taken. It includes the compilation, and its whole time counts towards the share. A
+    later measurement is left out if it would exceed the share, assuming that it takes as long as the last one; the
+    first one, which compiled, is not taken as a guide. The first time that a measurement is left out, a warning says
+    so. A call on any other step costs nothing: only a measurement waits for the device. The probes depend only on the
+    key and the step, so a training that is resumed draws the same probes.
 
     Attributes:
       left_out: the number of measurements that were due and left out.
@@ -93,7 +95,7 @@ class Monitor:
         self._objective, self._key, self._sinks = objective, key, list(sinks)
         self._every, self._share, self._measures = every, share, frozenset(measures)
         self._num_probes, self._num_steps, self._has_aux = num_probes, num_steps, has_aux
-        self._clock, self._start, self._spent, self._last = clock, clock(), 0.0, 0.0
+        self._clock, self._start, self._spent, self._last, self._measured = clock, clock(), 0.0, 0.0, False
         self.left_out = 0
 
     def __call__(self, params: PyTree, batch: PyTree, step: int) -> dict[str, float] | None:
@@ -107,20 +109,36 @@ class Monitor:
         Returns:
           {"trace/LAYER": float, "trace_std_error/LAYER": float, ..., "lambda_max/total": float}, which the sinks have
           been given too; None if nothing was measured.
+
+        Warns:
+          UserWarning: the first time that a measurement is left out.
         """
         if step % self._every:
             return None
-        if self._spent and self._spent + self._last > self._share * (self._clock() - self._start):
-            self.left_out += 1
+        elapsed = self._clock() - self._start
+        if self._measured and self._spent + self._last > self._share * elapsed:
+            self._leave_out(step, elapsed)
             return None
         jax.block_until_ready(params)  # the training's own work does not count
         start = self._clock()
         record = self._measure(jax.random.fold_in(self._key, step), params, batch)
-        self._last = self._clock() - start
-        self._spent += self._last
+        time_taken = self._clock() - start
+        self._spent += time_taken
+        self._last = time_taken if self._measured else 0.0  # the first one compiled
+        self._measured = True
         for sink in self._sinks:
             sink.log(record, step)
         return record
+
+    def _leave_out(self, step, elapsed):
+        self.left_out += 1
+        if self.left_out == 1:
+            warnings.warn(
+                f"the measurement at step {step} is left out: measuring has taken {self._spent:.2g} s (with the "
+                f"compilation) of the {elapsed:.2g} s since the monitor was made, and the share is {self._share:g}. "
+                f"Later ones may be left out too, without a warning; `left_out` counts them; raise share for more",
+                stacklevel=3,
+            )
 
     def _measure(self, key, params, batch):
         """{name: float} of all measures, which share one key."""

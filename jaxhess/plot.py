@@ -19,16 +19,24 @@ MARKERS = "osD^vP*"
 
 
 def densities(
-    spectra: jh.Spectrum | Mapping[str, jh.Spectrum], ax: Axes = None, *, kappa: float = 1.25, legend: bool = True
+    spectra: jh.Spectrum | jh.Summary | Mapping[str, jh.Spectrum],
+    ax: Axes = None,
+    *,
+    kappa: float = 1.25,
+    bands: bool = False,
+    legend: bool = True,
 ) -> Axes:
     """The densities of one or more spectra, on a log scale.
 
     An eigenvalue that Lanczos has found for certain is always visible; see `at_least_one`.
 
     Args:
-      spectra: a `jaxhess.Spectrum`, or {name: spectrum}, such as what `jaxhess.layer_spectra` returns.
+      spectra: a `jaxhess.Spectrum`; or {name: spectrum}, such as what `jaxhess.layer_spectra` returns; or a
+        `jaxhess.Summary`, whose spectra are drawn.
       ax: where to draw; by default the current axis of Matplotlib, as in seaborn.
       kappa: as for `jaxhess.Spectrum.density`; a larger value makes the bumps narrower.
+      bands: whether two standard errors are shown on either side, as for `jaxhess.Spectrum.density_band`. An exact
+        spectrum has none.
       legend: whether the names are shown, if there are several.
 
     Returns:
@@ -49,16 +57,24 @@ def densities(
 
     Reference: Lin, Saad and Yang 2016, Approximating spectral densities of large matrices.
     """
-    named = {"": spectra} if isinstance(spectra, jh.Spectrum) else dict(spectra)
+    if isinstance(spectra, jh.Summary):
+        spectra = spectra.spectra
+    named: dict[str, Any] = {"": spectra} if isinstance(spectra, jh.Spectrum) else dict(spectra)
     _check("spectra", named, jh.Spectrum)
     ax, floor, top = _axis(ax), np.inf, -np.inf
     for i, (name, spectrum) in enumerate(named.items()):
-        grid, log_density = at_least_one(spectrum).log_density(kappa=kappa)
+        shown = at_least_one(spectrum)
+        grid, log_density = shown.log_density(kappa=kappa)
         log_density = log_density / np.log(10)
         ax.plot(grid, log_density, color=_nth(COLORS, i), linestyle=_nth(DASHES, i), linewidth=1.2, label=name)
         # There is nothing to see below a hundredth of the density of one eigenvalue spread over the whole range.
         floor = min(floor, -np.log10(spectrum.dim * (grid[-1] - grid[0])) - 2)
         top = max(top, log_density.max())
+        if bands:
+            _, *ends = shown.density_band(kappa=kappa)
+            low, high = (np.log10(np.maximum(end, np.finfo(float).tiny)) for end in ends)
+            ax.fill_between(grid, low, high, color=_nth(COLORS, i), alpha=0.2, linewidth=0)
+            top = max(top, high.max())
     ax.set_ylim(floor, top + 0.5)
     ax.set_xlabel("eigenvalue")
     ax.set_ylabel(r"$\log_{10}$ density")
@@ -164,6 +180,8 @@ def evolution(
 ) -> Axes:
     """One line for each layer over training, from dark (first) to light (last), and the whole net in black.
 
+    Each record has a marker, so that a single one is visible too.
+
     Args:
       records: what `jaxhess.monitor.Monitor` returned or `jaxhess.monitor.read` reads: dicts with "step" and
         "METRIC/LAYER", and with "METRIC_std_error/LAYER" where a band shows the standard error.
@@ -198,7 +216,7 @@ def evolution(
         found = [record for record in records if f"{metric}/{layer}" in record]
         x, y = ([record[name] for record in found] for name in ("step", f"{metric}/{layer}"))
         error = np.array([record.get(f"{metric}_std_error/{layer}", 0.0) for record in found])
-        style = dict(color=colors[layer], linestyle=DASHES[layer == "total"])
+        style = dict(color=colors[layer], linestyle=DASHES[layer == "total"], marker="o", markersize=2.5)
         ax.plot(x, y, linewidth=1.2, label="whole net" if layer == "total" else layer, **style)
         ax.fill_between(x, y - error, y + error, color=colors[layer], alpha=0.15, linewidth=0)
     if all(value > 0 for line in ax.lines for value in line.get_ydata() if np.isfinite(value)):
@@ -248,6 +266,50 @@ def eigenvalues(
     ax.set_xlabel("rank")
     ax.set_ylabel("eigenvalue")
     return _with_legend(ax, legend and len(named) > 1)
+
+
+def interactions(found: jh.Interactions, ax: Axes = None) -> Axes:
+    """A map of how strongly layers are coupled: ||A_lk||_F for each pair of layers, on a log scale.
+
+    Values below a millionth of the largest one have the lowest colour; zeros are left white.
+
+    Args:
+      found: what `jaxhess.layer_interactions` returns.
+      ax: where to draw; by default the current axis of Matplotlib, as in seaborn.
+
+    Returns:
+      The axis, with a colour bar next to it.
+
+    Raises:
+      ValueError: if there is no layer.
+      TypeError: for anything other than interactions.
+
+    Example:
+      >>> import numpy as np, jaxhess as jh
+      >>> from matplotlib.figure import Figure
+      >>> from jaxhess import plot
+      >>> found = jh.Interactions(["a", "b"], np.array([[4.0, 1.0], [1.0, 9.0]]), np.zeros((2, 2)))
+      >>> ax = plot.interactions(found, Figure().subplots())
+      >>> ax.images[0].get_array().tolist()
+      [[2.0, 1.0], [1.0, 3.0]]
+
+    Reference: as `jaxhess.layer_interactions`.
+    """
+    if not isinstance(found, jh.Interactions):
+        raise TypeError(f"interactions must be an object of Interactions, got {found!r}; layer_interactions makes one")
+    if not found.names:
+        raise ValueError("there are no interactions to draw")
+    ax = _axis(ax)
+    from matplotlib.colors import LogNorm
+
+    norms = np.ma.masked_less_equal(np.sqrt(np.maximum(found.norms, 0)), 0)
+    top = norms.max() if norms.count() else 1.0
+    scale = LogNorm(max(norms.min(), 1e-6 * top) if norms.count() else 0.1, top)
+    image = ax.imshow(norms, norm=scale, cmap="viridis")
+    ax.set_xticks(range(len(found.names)), found.names, rotation=45 if len(found.names) < 8 else 90)
+    ax.set_yticks(range(len(found.names)), found.names)
+    ax.figure.colorbar(image, ax=ax, label="Frobenius norm of the block")
+    return ax
 
 
 def _largest(values, k):

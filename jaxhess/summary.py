@@ -63,6 +63,24 @@ class Record:
     wasserstein: float
     wasserstein_error: float
 
+    def __str__(self) -> str:
+        cells = self._cells()
+        width = max(map(len, cells))
+        return "\n".join(f"{name.ljust(width)}  {text}" for name, text in cells.items())
+
+    def _cells(self):
+        """{column: text}, as in the table."""
+        return {
+            "params": f"{self.parameters:,}",
+            "Tr Hess": str(self.trace),
+            "Tr G": "-" if self.ggn_trace is None else str(self.ggn_trace),
+            "lambda_max": f"{self.lambda_max:.4g} ({self.lambda_max_residual:.0e})",
+            "lambda_min": f"{self.lambda_min:.4g} ({self.lambda_min_residual:.0e})",
+            "Tr*|w|^2": str(self.trace._replace(mean=self.trace_norm2, std_error=self.trace_norm2_error)),
+            "outliers": "-".join(map(str, sorted(set(self.outliers_range)))),
+            "W1 to total": f"{self.wasserstein:.3g} +- {self.wasserstein_error:.1g}",
+        }
+
 
 class Summary(Mapping):
     """{layer: Record, ..., "total": Record} in network order; prints as a table.
@@ -83,6 +101,8 @@ class Summary(Mapping):
         self._records, self.spectra = records, spectra
 
     def __getitem__(self, name: str) -> Record:
+        if name not in self._records:
+            raise KeyError(f"there is no layer {name!r} in the table; choose from {list(self._records)}")
         return self._records[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -108,19 +128,11 @@ class Summary(Mapping):
 
     def _cells(self):
         """The table as words: its head and its rows."""
-        yield ("layer", "params", "Tr Hess", "Tr G", "lambda_max", "lambda_min", "Tr*|w|^2", "outliers", "W1 to total")
-        for name, r in self.items():
-            yield (
-                name,
-                f"{r.parameters:,}",
-                str(r.trace),
-                "-" if r.ggn_trace is None else str(r.ggn_trace),
-                f"{r.lambda_max:.4g} ({r.lambda_max_residual:.0e})",
-                f"{r.lambda_min:.4g} ({r.lambda_min_residual:.0e})",
-                str(r.trace._replace(mean=r.trace_norm2, std_error=r.trace_norm2_error)),
-                "-".join(map(str, sorted(set(r.outliers_range)))),
-                "-" if name == "total" else f"{r.wasserstein:.3g} +- {r.wasserstein_error:.1g}",
-            )
+        rows = {name: record._cells() for name, record in self.items()}
+        rows["total"]["W1 to total"] = "-"
+        yield ("layer", *rows["total"])
+        for name, cells in rows.items():
+            yield (name, *cells.values())
 
     def __str__(self) -> str:
         rows = list(self._cells())

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import pathlib
 import re
 
@@ -47,12 +48,54 @@ def test_eigenpairs_satisfy_their_equation(ran):
 
 
 def test_labels_from_a_tuple_and_many_batches_give_the_traces_of_one(ran):
-    _, printed, _ = ran
+    names, printed, _ = ran
     traces = [tuple(map(float, found)) for found in re.findall(r"^(\S+) \+- (\S+)$", printed, re.MULTILINE)]
     assert len(traces) == 2
     (ggn, ggn_error), (hessian, hessian_error) = traces
-    # The README's table says 34.61 and 21.11.
-    assert abs(ggn - 34.61) < 4 * ggn_error + 1 and abs(hessian - 21.11) < 4 * hessian_error + 1
+    total = names["table"]["total"]
+    assert abs(ggn - total.ggn_trace.mean) < 4 * ggn_error
+    assert abs(hessian - total.trace.mean) < 4 * math.hypot(hessian_error, total.trace.std_error)
+
+
+def test_traces_by_each_method_agree(ran):
+    names, printed, _ = ran
+    assert "hutchinson exact\n" in printed
+    for layer, estimate in names["probed"].items():
+        exact = names["table"][layer].trace
+        assert abs(estimate.mean - exact.mean) < 4 * math.hypot(estimate.std_error, exact.std_error)
+
+
+def test_deflated_weights_have_smaller_errors(ran):
+    names, printed, _ = ran
+    deflated, plain = (names[name]["fc1"].std_error("trace") for name in ("spectra", "plain"))
+    assert 0 < deflated < plain and f"{deflated}\n" in printed and f"{plain}\n" in printed
+    grid, density = names["spectra"]["fc1"].density()
+    np.testing.assert_array_equal(names["grid"], grid)
+    assert (names["low"] <= density).all() and (density <= names["high"]).all() and (names["low"] < names["high"]).any()
+
+
+def test_what_is_beyond_single_layers_adds_up(ran):
+    names, printed, _ = ran
+    found, table = names["found"], names["table"]
+    layers = [name for name in table if name != "total"]
+    assert found.names == layers and 0 < found.off_diagonal_share < 1 and f"{found.off_diagonal_share}\n" in printed
+    assert names["shares"].sum() == pytest.approx(table["total"].ggn_trace.mean, rel=1e-4)
+    entries = jax.tree.leaves(names["exact"])
+    assert sum(float(x.sum()) for x in entries) == pytest.approx(table["total"].ggn_trace.mean, rel=1e-4)
+    for mean, error, exact in zip(*map(jax.tree.leaves, names["estimated"][:2]), entries, strict=True):
+        assert np.mean(np.abs(mean - exact) <= 4 * error + 1e-6) > 0.98
+    # ||G_l||_F^2 is the sum of the squared eigenvalues.
+    ggn_values = names["ggn_values"]
+    assert ggn_values.shape == (3,) and (np.diff(ggn_values) <= 0).all()
+    assert 0 < (ggn_values**2).sum() < found.norms[0, 0]
+    kernel = names["ggn_vectors"]["kernel"].reshape(3, -1)
+    bias = names["ggn_vectors"]["bias"]
+    np.testing.assert_allclose(kernel @ kernel.T + bias @ bias.T, np.eye(3), atol=1e-4)
+
+
+def test_interactions_are_drawn(ran):
+    names, *_ = ran
+    np.testing.assert_allclose(names["coupling"].images[0].get_array() ** 2, names["found"].norms, rtol=1e-6)
 
 
 def test_the_penalty_was_added(ran):

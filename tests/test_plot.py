@@ -79,6 +79,33 @@ def test_exact_eigenvalues_have_all_converged():
     assert plot.converged(jh.Spectrum([3.0], [1.0], 7, residuals=[0.5])).all()  # there is no other to confuse it with
 
 
+def test_a_summary_shows_its_spectra(ax):
+    loss = lambda w, batch: jnp.sum(w["a"] ** 2) + 3 * jnp.sum(w["b"] ** 2)
+    table = jh.summarize(loss, {"a": jnp.ones(2), "b": jnp.ones(3)}, None, key=jax.random.key(0))
+    plot.densities(table, ax)
+    assert names(ax) == ["a", "b", "total"]
+    plot.densities(table.spectra, other := Figure().subplots())
+    for line, expected in zip(ax.lines, other.lines, strict=True):
+        np.testing.assert_array_equal(line.get_xydata(), expected.get_xydata())
+
+
+def test_bands_are_two_standard_errors_wide_and_come_where_asked(ax):
+    drawn = jh.Spectrum([0.0, 1.0, 5.0], [0.5, 0.3, 0.2], 50, num_draws=2, residuals=[9.0, 9.0, 9.0])
+    plot.densities({"drawn": drawn, "exact": ONE}, ax)
+    assert not ax.collections
+    plot.densities({"drawn": drawn, "exact": ONE}, other := Figure().subplots(), bands=True)
+    ends = [band.get_paths()[0].vertices for band in other.collections]
+    grid, low, high = drawn.density_band()
+    for x in (0.0, 1.0, 5.0):
+        point = np.argmin(np.abs(grid - x))
+        here = ends[0][np.isclose(ends[0][:, 0], grid[point]), 1]
+        np.testing.assert_allclose([here.min(), here.max()], np.log10([low[point], high[point]]))
+        assert here.max() > here.min()
+    line, band = other.lines[1].get_xydata(), ends[1][ends[1][:, 1] > -100]  # above underflow
+    assert len(band) > 100
+    np.testing.assert_allclose(np.interp(band[:, 0], *line.T), band[:, 1])  # exact: no width
+
+
 # ---- traces ----
 
 
@@ -120,6 +147,7 @@ def test_evolution_has_a_line_for_each_layer_and_the_net_in_black(ax):
     np.testing.assert_array_equal(lines["fc"].get_xydata(), [[0, 2], [10, 4], [20, 6]])
     np.testing.assert_array_equal(lines["new"].get_xydata(), [[20, 1]])
     assert lines["whole net"].get_color() == "black"
+    assert all(line.get_marker() == "o" and line.get_markersize() > 0 for line in ax.lines)  # one record is seen
     band = ax.collections[0].get_paths()[0].vertices
     assert band[:, 1].min() == 1.5 and band[:, 1].max() == 6.5
 
@@ -162,6 +190,33 @@ def test_eigenvalues_by_rank(ax):
         plot.eigenvalues([], ax)
 
 
+# ---- interactions ----
+
+NORMS = jh.Interactions(["conv", "fc"], np.array([[4.0, 0.01], [0.01, 9.0]]), np.zeros((2, 2)))
+
+
+def test_interactions_are_a_map_on_a_log_scale(ax):
+    assert plot.interactions(NORMS, ax) is ax
+    (image,) = ax.images
+    np.testing.assert_allclose(image.get_array(), [[2, 0.1], [0.1, 3]])
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["conv", "fc"]
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["conv", "fc"]
+    assert image.norm(0.1) == 0 and image.norm(3.0) == 1
+    assert image.norm(math.sqrt(0.3)) == pytest.approx(0.5)
+    (bar,) = [other for other in ax.figure.axes if other is not ax]
+    assert bar.get_ylabel() == "Frobenius norm of the block"
+
+
+def test_zeros_are_left_out_of_the_scale_and_so_is_rounding(ax):
+    plot.interactions(NORMS._replace(norms=np.array([[4.0, 0.0], [1e-30, 1.0]])), ax)
+    (image,) = ax.images
+    assert image.get_array().mask.tolist() == [[False, True], [False, False]]
+    assert image.norm(2e-6) == pytest.approx(0) and image.norm(2.0) == 1
+    plot.interactions(NORMS._replace(norms=np.zeros((2, 2))), other := Figure().subplots())
+    assert other.images[0].get_array().mask.all()
+    other.figure.canvas.draw()
+
+
 # ---- all of them ----
 
 CALLS = {
@@ -169,6 +224,7 @@ CALLS = {
     plot.traces: {"fc": jh.Estimate(1.0, 0.1, 2)},
     plot.evolution: [record(0)],
     plot.eigenvalues: [1.0],
+    plot.interactions: NORMS,
 }
 
 
@@ -188,6 +244,8 @@ def test_without_an_axis_the_current_one_is_taken(draw):
         (plot.densities, {"a": [1.0]}, TypeError, r"objects of Spectrum, got \[1.0\] under 'a'"),
         (plot.traces, {}, ValueError, "there are no traces"),
         (plot.traces, {"total": jh.Estimate(1.0, 0.1, 2)}, ValueError, "there are no traces"),
+        (plot.interactions, [[1.0]], TypeError, r"object of Interactions, got \[\[1.0\]\]"),
+        (plot.interactions, jh.Interactions([], np.zeros((0, 0)), np.zeros((0, 0))), ValueError, "no interactions"),
         (plot.traces, {"fc": 2.0}, TypeError, "objects of Estimate, got 2.0 under 'fc'"),
     ],
 )

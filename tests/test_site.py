@@ -106,3 +106,8 @@ def test_all_kept_figures_are_in_the_gallery(site):
     kept = [path.parent.name for path in ROOT.glob("results/*/figure.png")]
     for name in kept:
         assert f"results/{name}/figure.png" in page or name.startswith(drawn_in_one) or name.startswith("demo"), name
+
+
+def test_the_docstring_of_the_package_lists_every_public_name(hooks):
+    listed = re.findall(r"`(\w+)`", jh.__doc__)
+    assert sorted(set(listed)) == sorted(name for name in hooks.public_names() if hasattr(jh, name))

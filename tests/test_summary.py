@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 
 import helpers
 import jax
@@ -45,8 +46,21 @@ def test_a_mapping():
     assert list(table()) == list(table().keys()) == LAYERS
     assert len(table()) == 3 and "fc1" in table() and table()["fc1"] is dict(table())["fc1"]
     assert list(table().spectra) == LAYERS
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match=r"no layer 'fc3' in the table; choose from \['fc1', 'fc2', 'total'\]"):
         table()["fc3"]
+    assert table().get("fc3") is None and "fc3" not in table()
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_record_prints_the_columns_of_its_row(layer):
+    head, row = (
+        re.split(r"  +", line.strip()) for line in str(table()).splitlines() if line.split()[0] in ("layer", layer)
+    )
+    lines = [re.split(r"  +", line) for line in str(table()[layer]).splitlines()]
+    assert [name for name, _ in lines] == head[1:]
+    columns = len(lines) - (layer == "total")  # its distance to itself is a dash in the table
+    assert [text for _, text in lines][:columns] == row[1:][:columns]
+    assert len({line.index(text) for (_, text), line in zip(lines, str(table()[layer]).splitlines(), strict=True)}) == 1
 
 
 def test_prints_one_row_a_layer_and_one_for_the_whole():
