@@ -196,11 +196,14 @@ def _products(left, right):
 def row_traces(problem: Problem) -> dict[str, tuple[float, float]]:
     """{layer: (Tr G_l, its rounding)}, by the squared norms of all rows; over `Batches` the mean of their examples."""
 
-    def of(batch):
-        return _by_example(Rows.of(Problem(problem.loss, problem.params, batch)), problem.layers).sum(0)
+    def of(one):
+        return _by_example(Rows.of(one), problem.layers).sum(0)
+
+    def of_batch(batch):
+        return of(Problem(problem.loss, problem.params, batch))
 
     try:
-        found = problem.batch.fold(partial(_mean_of, of)) if problem.many else of(problem.first)
+        found = problem.batch.fold(partial(_mean_of, of_batch)) if problem.many else of(problem)
     except NotFiniteError:
         why = why_not_finite("ggn", problem.loss, problem.params, problem.batch)
         raise NotFiniteError(f"rows of the Jacobian are not finite: {why}") from None

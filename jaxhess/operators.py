@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import scipy.sparse.linalg
 from jax.custom_derivatives import SymbolicZero
 from jax.flatten_util import ravel_pytree
@@ -249,37 +248,27 @@ class _Rows:
 
 @dataclasses.dataclass(frozen=True)
 class _Block(Linear):
-    """The diagonal block of a layer, from the product of the whole net: only its two ends are compiled."""
+    """The diagonal block of a layer, from the product of the whole net: nothing is compiled for the layer."""
 
     layer: Layer
 
-    def __call__(self, product, params, part):
-        return _take(self.layer, product(_put(self.layer, params, part)))
+    def __call__(self, product, zeros, part):
+        return self.layer.take(product(self.layer.put(zeros, part)))
 
-    def perturbed(self, key, size, product, params):
+    def perturbed(self, key, size, product, zeros):
         moved = product.func.perturbed(key, size, *product.args)
-        return None if moved is None else Partial(self, moved, params)
+        return None if moved is None else Partial(self, moved, zeros)
 
-    def rounding(self, product, params, like):
-        return product.func.rounding(*product.args, params)
+    def rounding(self, product, zeros, like):
+        return product.func.rounding(*product.args, zeros)
 
-    def why_not_finite(self, product, params, part):
-        return product.func.why_not_finite(*product.args, _put(self.layer, params, part))
-
-
-def block(product: Partial, layer: Layer, params: PyTree) -> Partial:
-    """The diagonal block of a layer from the product of the whole net."""
-    return Partial(_Block(layer), product, params)
+    def why_not_finite(self, product, zeros, part):
+        return product.func.why_not_finite(*product.args, self.layer.put(zeros, part))
 
 
-@partial(jax.jit, static_argnums=0)
-def _put(layer, like, part):
-    return layer.put(optax.tree.zeros_like(like), part)
-
-
-@partial(jax.jit, static_argnums=0)
-def _take(layer, tree):
-    return layer.take(tree)
+def block(product: Partial, layer: Layer, zeros: PyTree) -> Partial:
+    """The diagonal block of a layer from the product of the whole net; ``zeros`` is a tree like the parameters."""
+    return Partial(_Block(layer), product, zeros)
 
 
 def linearize(operator: Operator, *, like: PyTree) -> Operator:

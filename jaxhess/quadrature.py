@@ -293,9 +293,11 @@ def _lanczos_spectra(problem, curvature, parts, key, runs, progress):
     if not problem.many:
         operator = linearize(operator, like=problem.params)
 
+    zeros = optax.tree.zeros_like(problem.params)
+
     def part_of(operator, name):
         layer = parts[name][1]
-        return operator if layer is problem.whole else block(operator, layer, problem.params)
+        return operator if layer is problem.whole else block(operator, layer, zeros)
 
     likes = {name: layer.take(problem.params) for name, (_, layer) in parts.items()}
     steps = {name: runs.count(optax.tree.size(like)) for name, like in likes.items()}

@@ -211,7 +211,7 @@ def _exact(problem, curvature):
 def _columns(operator, layer, params):
     """The trace of a layer's block, column by column, and its rounding."""
     like = layer.take(params)
-    linear, size = block(operator, layer, params), optax.tree.size(like)
+    linear, size = block(operator, layer, optax.tree.zeros_like(params)), optax.tree.size(like)
     flat, unravel = jax.flatten_util.ravel_pytree(like)
     entries = []
     for i in range(size):
@@ -286,10 +286,10 @@ def layers_without_h(problem: Problem, layers: tuple[Layer, ...], key: jax.Array
     functional: Any = product("functional", problem)
     if not problem.many:
         functional = linearize(functional, like=problem.params)
-    found = set()
+    found, zeros = set(), optax.tree.zeros_like(problem.params)
     for i, layer in enumerate(layers):
         v = random_like(jax.random.fold_in(key, i), layer.take(problem.params))
-        if float(tree_norm(block(functional, layer, problem.params)(v))) == 0:
+        if float(tree_norm(block(functional, layer, zeros)(v))) == 0:
             found.add(layer.name)
     return found
 
