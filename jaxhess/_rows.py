@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -11,13 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
 
 from jaxhess._checks import NotFiniteError, check_known
 from jaxhess._diagnosis import why_not_finite
-from jaxhess._examples import independent_examples, one_example
+from jaxhess._examples import one_example
 from jaxhess._programs import rounding_of
-from jaxhess._trees import full_precision, jitter, own_eps
+from jaxhess._trees import automatic, full_precision, jitter, own_eps
 from jaxhess.layers import Layer
 from jaxhess.objective import Objective, factored
 from jaxhess.problem import Problem, outputs_of
@@ -54,16 +52,15 @@ class Rows:
         """Those of the first batch, on meshes from which rows can be cut."""
         params, batch = _off_explicit_meshes(problem.loss, problem.params, problem.first)
         outputs = known_outputs(problem)
-        if _automatic(outputs) is not outputs:
+        if automatic(outputs) is not outputs:
             outputs = outputs_of(problem.loss, params, batch)
-            if _automatic(outputs) is not outputs:
+            if automatic(outputs) is not outputs:
                 raise NoGramError(f"its outputs are on {outputs.sharding}")
         if not bool(jnp.isfinite(outputs).all()):
             raise NotFiniteError(why_not_finite("ggn", problem.loss, params, batch))
         criterion: Any = factored(problem.loss.criterion, outputs, batch, max_classes=outputs.shape[-1])
         loss = Objective(problem.loss.predict, criterion)
-        here = params is problem.params or all(map(operator.is_, *map(jax.tree.leaves, (params, problem.params))))
-        of_examples = problem.of_examples if here else independent_examples(loss, params, batch, outputs)
+        of_examples = problem.of_examples
         count = outputs.size if of_examples is None else len(outputs)
         factor = _factor(loss, params, batch)
         return cls(loss, params, batch, of_examples, factor, count, outputs.size // count)
@@ -124,22 +121,13 @@ class NoGramError(ValueError):
 
 def _off_explicit_meshes(loss, params, batch):
     """Parameters and batch on meshes whose axes the compiler handles; NoGramError where the net needs other ones."""
-    moved = jax.tree.map(_automatic, (params, batch))
+    moved = jax.tree.map(automatic, (params, batch))
     if any(x is not y for x, y in zip(jax.tree.leaves(moved), jax.tree.leaves((params, batch)), strict=True)):
         try:
             jax.eval_shape(partial(outputs_of, loss), *moved)
         except Exception as error:  # whatever jax says of the wrong mesh
             raise NoGramError(str(error)) from error
     return moved
-
-
-def _automatic(x):
-    """An array of a mesh with explicit axes, from which no row can be cut, as one whose axes the compiler handles."""
-    if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and isinstance(x.sharding, NamedSharding):
-        mesh = x.sharding.mesh
-        if set(mesh.axis_types) != {AxisType.Auto}:
-            return jax.device_put(x, NamedSharding(Mesh(mesh.devices, mesh.axis_names), x.sharding.spec))
-    return x
 
 
 @partial(jax.jit, static_argnums=0)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxhess._checks import at_least_float32, check_choice, standard_promotion
 
@@ -128,6 +128,15 @@ def jitter(key: jax.Array, tree: PyTree, size: float) -> PyTree:
     """A tree with every number moved by a relative ``size``, up or down."""
     signs = optax.tree.cast_like(_draw(key, tree, _rademacher), tree)
     return jax.tree.map(lambda x, sign: x * (1 + jnp.asarray(size, x.dtype) * sign), tree, signs)
+
+
+def automatic(x: Any) -> Any:
+    """An array of a mesh with explicit axes, from which no row can be cut, as one whose axes the compiler handles."""
+    if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and isinstance(x.sharding, NamedSharding):
+        mesh = x.sharding.mesh
+        if set(mesh.axis_types) != {AxisType.Auto}:
+            return jax.device_put(x, NamedSharding(Mesh(mesh.devices, mesh.axis_names), x.sharding.spec))
+    return x
 
 
 # ---- norms and inner products ----

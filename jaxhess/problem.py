@@ -16,7 +16,7 @@ from jaxhess._checks import at_least_float32, check_choice, is_traced
 from jaxhess._examples import independent_examples
 from jaxhess._programs import ends_in_softmax, rounding_of
 from jaxhess._slips import check_batch, check_parameters, hints
-from jaxhess._trees import full_precision, leaves_finite
+from jaxhess._trees import automatic, full_precision, leaves_finite
 from jaxhess.batches import Batches, first_batch, leading_axis
 from jaxhess.layers import Layer, Modules, chosen_layers, find_layer, find_layers, modules_of, ordered_names, whole_net
 from jaxhess.objective import Criterion, Objective, as_criterion
@@ -94,7 +94,8 @@ class Problem:
     @cached_property
     def of_examples(self) -> tuple[bool, ...] | None:
         """Which arrays of the first batch hold an entry for each example; None where examples are not independent."""
-        return independent_examples(self.loss, self.params, self.first, self.outputs)
+        params, batch = jax.tree.map(automatic, (self.params, self.first))
+        return independent_examples(self.loss, params, batch, automatic(self.outputs))
 
     def mean(self, function: Callable, args: Callable[[int | None], tuple]) -> PyTree:
         """The mean of ``function(params, batch, *args(number))`` over all examples; number is None for one batch."""

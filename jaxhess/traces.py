@@ -17,7 +17,7 @@ from jaxhess._linear import as_linear
 from jaxhess._products import At
 from jaxhess._rows import NoGramError
 from jaxhess._samples import FactorSamples, ProductSamples, Samples
-from jaxhess._trees import inner, random_like, random_rows, sampler, tree_norm
+from jaxhess._trees import automatic, inner, random_like, random_rows, sampler, tree_norm
 from jaxhess.estimates import Estimate, Plan
 from jaxhess.gram import row_traces
 from jaxhess.layers import Layer
@@ -187,7 +187,8 @@ def _samples(problem, curvature, layers, probe, method) -> Samples:
     if criterion is None:
         product(curvature, problem)  # checks that there is one
         return ProductSamples(At(curvature, problem.loss, problem.whole), layers, sampler(probe))
-    groups = method == "auto" and not is_traced(problem.params, problem.first)
+    leaves = jax.tree.leaves((problem.params, problem.first))
+    groups = method == "auto" and not is_traced(leaves) and all(automatic(x) is x for x in leaves)
     objective = Objective(problem.loss.predict, criterion)
     return FactorSamples(objective, layers, sampler(probe), problem.of_examples if groups else None)
 
