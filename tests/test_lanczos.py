@@ -207,7 +207,7 @@ def test_no_ghosts_after_200_steps():
 
 def test_three_vectors_give_the_same_density():
     values = np.append(np.linspace(-0.1, 1, 395), OUTLIERS).astype(np.float32)
-    options = dict(like=jnp.zeros(400), key=jax.random.key(0), num_steps=100)
+    options = dict(like=jnp.zeros(400), key=jax.random.key(0), num_steps=100, weights="plain")
     full, lean = (jh.spectrum(as_operator(values), reorthogonalize=r, **options) for r in (True, False))
     grid, phi = full.density()
     assert np.trapezoid(abs(lean.density(grid=grid)[1] - phi), grid) < 0.05

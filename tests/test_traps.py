@@ -126,6 +126,8 @@ def keyed(key):
     hv, at = P.operator("hessian"), (P.objective, P.params, P.batch)
     return {
         "trace": lambda: jh.trace(hv, like=P.params, key=key, num_probes=2),
+        "diagonal": lambda: jh.diagonal(hv, like=P.params, key=key, num_probes=2),
+        "layer_interactions": lambda: jh.layer_interactions(*at, key=key, method="hutchinson", num_probes=2),
         "layer_traces": lambda: jh.layer_traces(*at, key=key, num_probes=2),
         "spectrum": lambda: jh.spectrum(hv, like=P.params, key=key, num_steps=2),
         "layer_spectra": lambda: jh.layer_spectra(*at, key=key, num_steps=2),

@@ -211,7 +211,8 @@ def make_rows(config: Config) -> dict[str, tuple[Callable, int]]:
     }
 
     def traces(curvature, count):
-        return jh.layer_traces(loss, params, batch, key=key, num_probes=count, chunk_size=probes, curvature=curvature)
+        few = {"num_probes": count, "chunk_size": probes, "method": "hutchinson"}
+        return jh.layer_traces(loss, params, batch, key=key, curvature=curvature, **few)
 
     def gram():
         options = dict(curvature="ggn", method="gram", max_bytes=measure.GRAM_BYTES)

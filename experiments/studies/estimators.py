@@ -89,7 +89,14 @@ def _by_probes(config, loss, params, batch, exact, key):
 
     def at_once(curvature):
         return lambda probe: jh.layer_traces(
-            loss, params, batch, key=key, num_probes=config.probes, curvature=curvature, probe=probe
+            loss,
+            params,
+            batch,
+            key=key,
+            num_probes=config.probes,
+            curvature=curvature,
+            probe=probe,
+            method="hutchinson",
         )
 
     numbers = {}
