@@ -27,7 +27,7 @@ from jaxhess._checks import (
     standard_promotion,
 )
 from jaxhess._linear import as_linear
-from jaxhess._trees import full_precision, random_like, spread, tree_norm
+from jaxhess._trees import full_precision, random_like, spread, tree_norm, tree_size
 
 PyTree = Any
 
@@ -108,7 +108,7 @@ def lanczos(
         raise ValueError("a restart needs the basis to be orthogonal to; use reorthogonalize=True")
     if restart_key is not None:
         check_key(restart_key, "restart_key")
-    num_steps = min(num_steps, optax.tree.size(start))
+    num_steps = min(num_steps, tree_size(start))
     linear = as_linear(operator)
     norm = tree_norm(start)
     traced = is_traced(linear, norm, restart_key)

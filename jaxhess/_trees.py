@@ -162,6 +162,11 @@ def tree_norm(tree: PyTree) -> jax.Array:
     return unit * optax.tree.norm(jax.tree.map(lambda x: x / unit.astype(jnp.result_type(x)), tree))
 
 
+def tree_size(tree: PyTree) -> int:
+    """The number of entries of all arrays; optax has it from 0.2.6 on."""
+    return sum(int(np.size(x)) for x in jax.tree.leaves(tree))
+
+
 def own_eps(like: PyTree) -> float:
     """Rounding of the precision in which products are taken: that of ``like``, but at least float32."""
     return max(float(jnp.finfo(at_least_float32(x)).eps) for x in jax.tree.leaves(like))

@@ -7,13 +7,12 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 from jaxhess._checks import check_count, check_key, check_like, standard_promotion
 from jaxhess._lanczos import lanczos, ritz
 from jaxhess._linear import as_linear
 from jaxhess._noise import noise, ritz_run
-from jaxhess._trees import combine, random_like, tree_norm
+from jaxhess._trees import combine, random_like, tree_norm, tree_size
 
 PyTree = Any
 
@@ -65,7 +64,7 @@ def top_eigenpairs(
     check_key(key)
     check_count("k", k)
     check_like("like", like)
-    linear, dim = as_linear(operator), optax.tree.size(like)
+    linear, dim = as_linear(operator), tree_size(like)
     if k > dim:
         raise ValueError(f"k = {k} eigenpairs were asked of an operator of dimension {dim}; ask for at most {dim}")
     steps = min(max(100, 5 * k) if num_steps is None else num_steps, dim)

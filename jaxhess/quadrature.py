@@ -17,7 +17,7 @@ from jaxhess._lanczos import lanczos, ritz
 from jaxhess._linear import as_linear
 from jaxhess._noise import Run, noise, ritz_run
 from jaxhess._rows import NoGramError
-from jaxhess._trees import combine, random_like, tree_norm, without
+from jaxhess._trees import combine, random_like, tree_norm, tree_size, without
 from jaxhess._weights import NOTHING_CHECKED, Nodes, deflated, leading, plain, recurring
 from jaxhess.gram import gram_eigenvalues, gram_rows
 from jaxhess.operators import block, linearize, product
@@ -115,7 +115,7 @@ class Runs:
 
     def quadrature(self, operator: Callable, like: PyTree, key: jax.Array, progress: Any) -> tuple[Spectrum, Run]:
         """The spectrum as the recurrence has it, and what its noise is measured at: the `Run` of the first draw."""
-        dim = optax.tree.size(like)
+        dim = tree_size(like)
         run = partial(lanczos, operator, reorthogonalize=self.reorthogonalize)
         if self._takes_all(dim):
             found = run(random_like(key, like), dim, restart_key=jax.random.fold_in(key, 1), progress=progress)
@@ -282,7 +282,7 @@ def _gram_spectra(problem, names, num_steps, max_bytes, progress):
     spectra = {}
     for name, (values, rounding) in gram_eigenvalues(problem, summed, names, max_bytes, progress).items():
         layer = next(layer for layer in (*summed, problem.whole) if layer.name == name)
-        spec = Spectrum.from_eigenvalues(values, optax.tree.size(layer.arrays(problem.params)))
+        spec = Spectrum.from_eigenvalues(values, tree_size(layer.arrays(problem.params)))
         error = np.full(len(spec.nodes), rounding * spec.lambda_max)
         spectra[name] = dataclasses.replace(spec, num_steps=num_steps, residuals=error)
     return spectra
@@ -300,7 +300,7 @@ def _lanczos_spectra(problem, curvature, parts, key, runs, progress):
         return operator if layer is problem.whole else block(operator, layer, zeros)
 
     likes = {name: layer.take(problem.params) for name, (_, layer) in parts.items()}
-    steps = {name: runs.count(optax.tree.size(like)) for name, like in likes.items()}
+    steps = {name: runs.count(tree_size(like)) for name, like in likes.items()}
     found, before = {}, 0
     for name, (i, _) in parts.items():
         report = _shifted(progress, before, sum(steps.values()))

@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import optax
 
 from jaxhess._checks import check_key
-from jaxhess._trees import tree_norm
+from jaxhess._trees import tree_norm, tree_size
 from jaxhess.estimates import Estimate, Plan
 from jaxhess.objective import NoFactorError, Objective
 from jaxhess.problem import pose
@@ -237,7 +236,7 @@ def _record(weights, spec, total, trace, ggn_trace):
     norm2 = float(tree_norm(weights)) ** 2
     distance, error = wasserstein(spec, total, with_error=True)
     return Record(
-        parameters=optax.tree.size(weights),
+        parameters=tree_size(weights),
         trace=trace,
         ggn_trace=ggn_trace,
         lambda_max=spec.lambda_max,

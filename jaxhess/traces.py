@@ -17,7 +17,7 @@ from jaxhess._linear import as_linear
 from jaxhess._products import At
 from jaxhess._rows import NoGramError
 from jaxhess._samples import FactorSamples, ProductSamples, Samples
-from jaxhess._trees import automatic, inner, random_like, random_rows, sampler, tree_norm
+from jaxhess._trees import automatic, inner, random_like, random_rows, sampler, tree_norm, tree_size
 from jaxhess.estimates import Estimate, Plan
 from jaxhess.gram import row_traces
 from jaxhess.layers import Layer
@@ -212,7 +212,7 @@ def _exact(problem, curvature):
 def _columns(operator, layer, params):
     """The trace of a layer's block, column by column, and its rounding."""
     like = layer.take(params)
-    linear, size = block(operator, layer, optax.tree.zeros_like(params)), optax.tree.size(like)
+    linear, size = block(operator, layer, optax.tree.zeros_like(params)), tree_size(like)
     flat, unravel = jax.flatten_util.ravel_pytree(like)
     entries = []
     for i in range(size):
