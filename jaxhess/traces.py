@@ -17,7 +17,7 @@ from jaxhess._linear import as_linear
 from jaxhess._products import At
 from jaxhess._rows import NoGramError
 from jaxhess._samples import FactorSamples, ProductSamples, Samples
-from jaxhess._trees import automatic, inner, random_like, random_rows, sampler, tree_norm, tree_size
+from jaxhess._trees import automatic, inner, random_like, random_rows, sampler, to_host, tree_size
 from jaxhess.estimates import Estimate, Plan
 from jaxhess.gram import row_traces
 from jaxhess.layers import Layer
@@ -287,10 +287,11 @@ def layers_without_h(problem: Problem, layers: tuple[Layer, ...], key: jax.Array
     functional: Any = product("functional", problem)
     if not problem.many:
         functional = linearize(functional, like=problem.params)
-    found, zeros = set(), optax.tree.zeros_like(problem.params)
-    for i, layer in enumerate(layers):
-        v = random_like(jax.random.fold_in(key, i), layer.take(problem.params))
-        if float(tree_norm(block(functional, layer, zeros)(v))) == 0:
+    drawn, zeros = random_like(key, problem.params), optax.tree.zeros_like(problem.params)
+    found = set()
+    for layer in layers:
+        product_v = block(functional, layer, zeros)(layer.take(drawn))
+        if not any(to_host(x).any() for x in jax.tree.leaves(product_v)):
             found.add(layer.name)
     return found
 
