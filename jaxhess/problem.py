@@ -19,7 +19,7 @@ from jaxhess._slips import check_batch, check_parameters, hints
 from jaxhess._trees import automatic, full_precision, leaves_finite
 from jaxhess.batches import Batches, first_batch, leading_axis
 from jaxhess.layers import Layer, Modules, chosen_layers, find_layer, find_layers, modules_of, ordered_names, whole_net
-from jaxhess.objective import Criterion, Objective, as_criterion
+from jaxhess.objective import Objective, as_criterion
 
 PyTree = Any
 CURVATURES = ("hessian", "ggn", "functional")
@@ -80,11 +80,6 @@ class Problem:
     def many(self) -> bool:
         """Whether the data are `Batches`."""
         return isinstance(self.batch, Batches)
-
-    @cached_property
-    def criterion(self) -> Criterion:
-        """The outer half of an `Objective`, by its protocol."""
-        return as_criterion(self.loss.criterion)
 
     @cached_property
     def outputs(self) -> jax.Array:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.flatten_util
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -17,7 +18,7 @@ from jaxhess._linear import as_linear
 from jaxhess._products import At
 from jaxhess._rows import NoGramError
 from jaxhess._samples import FactorSamples, ProductSamples, Samples
-from jaxhess._trees import automatic, inner, random_like, random_rows, sampler, to_host, tree_size
+from jaxhess._trees import automatic, inner, own_eps, random_like, random_rows, sampler, to_host, tree_size
 from jaxhess.estimates import Estimate, Plan
 from jaxhess.gram import row_traces
 from jaxhess.layers import Layer
@@ -216,8 +217,9 @@ def _columns(operator, layer, params):
     flat, unravel = jax.flatten_util.ravel_pytree(like)
     entries = []
     for i in range(size):
-        entries.append(float(jax.flatten_util.ravel_pytree(linear(unravel(flat.at[:].set(0).at[i].set(1))))[0][i]))
-    return sum(entries), float(np.finfo(np.float32).eps * np.linalg.norm(entries))
+        column, _ = jax.flatten_util.ravel_pytree(linear(unravel(jnp.zeros_like(flat).at[i].set(1))))
+        entries.append(float(column[i]))
+    return sum(entries), own_eps(like) * float(np.linalg.norm(entries))
 
 
 def _rows_are_cheap(problem, plan):
