@@ -5,8 +5,10 @@ steps. A Ritz value that has converged is an eigenvalue, so its weight is known:
 the mass in proportion to what was seen.
 
 A repeated eigenvalue looks like a single one with more weight, chi^2_m / dim, and must keep it. A second, shorter run
-that starts without the vectors that were found tells the leading ones apart. Of the others, weights that are too large
-for single eigenvalues are left as they were seen.
+in the complement of the vectors that were found sees its other copies. It is a second draw too, of the rest alone, and
+does not know which values had converged: a start vector finds those first that it sees with more weight, so that what
+it leaves is a little too light. Of eigenvalues that the second run is too short for, weights that are too large for
+single ones are left as they were seen.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ import scipy.stats
 _APART = 0.1  # of the gap to the next Ritz value: residuals below it are those of eigenvalues
 _RELATIVE = 1e-2  # of the value: a cluster that is not resolved yet has residuals as large as it is wide
 _UNLIKELY = 1e-5  # probability of weights as large as these for single eigenvalues
+_SAME = 1e-4  # of the value: nodes of two runs that are this near are one eigenvalue
+_DENSE = 1.5  # 2 sigma of the density, in units of the range / steps: nodes that are as near as this show no bumps
 
 
 class Nodes(NamedTuple):
@@ -32,41 +36,73 @@ class Nodes(NamedTuple):
 
 def plain(draws: list[Nodes]) -> Nodes:
     """The Ritz values of all draws with the weights that were seen."""
-    nodes, weights, residuals, fixed = (np.concatenate(parts) for parts in zip(*draws, strict=True))
-    return Nodes(nodes, weights / len(draws), residuals, fixed)
+    nodes, weights, residuals, _ = _joined(draws)
+    return Nodes(nodes, weights / len(draws), residuals, np.zeros(len(nodes), bool))
 
 
-class Checked(NamedTuple):
-    """Indices of Ritz values of the first draw that are known to be single, or repeated."""
+class Check(NamedTuple):
+    """What a run in the complement of the converged vectors of the first draw has shown.
 
-    single: frozenset[int]
-    repeated: frozenset[int]
+    Attributes:
+      single: indices of Ritz values of the first draw that are known to be single eigenvalues.
+      repeated: likewise repeated ones.
+      draw: the whole spectrum as this run has it: the converged values, in their order, and then its nodes. None if
+        these lie too far apart.
+    """
+
+    single: frozenset[int] = frozenset()
+    repeated: frozenset[int] = frozenset()
+    draw: Nodes | None = None
 
 
-NOTHING_CHECKED = Checked(frozenset(), frozenset())
+def check(first: Nodes, early: Nodes, rest: Nodes, dim: int) -> Check:
+    """From the first draw, its first steps, and the run in the complement of its converged vectors."""
+    found = converged(first)
+    known = rest.residuals < _RELATIVE * np.abs(rest.nodes)
+    again = {int(i) for i in found if np.any(_near(first, i, rest)[known])}
+    lead = {int(i) for i in found if np.any(_near(first, i, early)[converged(early)])}
+    left = Nodes(rest.nodes, rest.weights * (1 - len(found) / dim), rest.residuals, rest.fixed)
+    whole = _joined([_exact(first, found, dim), left])
+    new = rest.nodes[~np.any([_near(first, i, rest) for i in found], axis=0)]  # the others lie on nodes of the first
+    dense = not new.size or np.ptp(new) * len(first.nodes) <= _DENSE * np.ptp(first.nodes) * new.size
+    return Check(frozenset(lead - again), frozenset(again), whole if dense else None)
 
 
-def deflated(draws: list[Nodes], dim: int, checked: Checked) -> Nodes:
+def _near(first, i, other):
+    """Which nodes of another run are the i-th of the first, as far as the residuals of both tell."""
+    reach = first.residuals[i] + other.residuals + _SAME * abs(first.nodes[i])
+    return np.abs(other.nodes - first.nodes[i]) <= reach
+
+
+def deflated(draws: list[Nodes], dim: int, check: Check) -> Nodes:
     """One node of weight 1 / dim for each eigenvalue that all draws have found; other Ritz values share the rest."""
-    matches = _single(draws, _matches(draws), dim, checked)
+    matches = _single(draws, _matches(draws), dim, check)
+    if check.draw is not None:
+        place = {index: i for i, index in enumerate(converged(draws[0]))}
+        draws, matches = [*draws, check.draw], [(*match, place[match[0]]) for match in matches]
     count = len(matches)
     left = [np.delete(np.arange(len(d.nodes)), [match[i] for match in matches]) for i, d in enumerate(draws)]
     masses = [d.weights[rest].sum() for d, rest in zip(draws, left, strict=True)]
     if not count or (count < dim and min(masses) <= 0):
         return plain(draws)
     best = [min(((draws[d].residuals[i], d, i) for d, i in enumerate(match))) for match in matches]
-    exact = Nodes(
-        np.array([draws[d].nodes[i] for _, d, i in best]),
-        np.full(count, 1 / dim),
-        np.array([residual for residual, *_ in best]),
-        np.ones(count, bool),
-    )
+    exact = _joined([_exact(draws[d], [i], dim) for _, d, i in best])
     scales = [(1 - count / dim) / len(draws) / mass if mass else 0.0 for mass in masses]
     rest = [
-        Nodes(d.nodes[i], d.weights[i] * scale, d.residuals[i], d.fixed[i])
+        Nodes(d.nodes[i], d.weights[i] * scale, d.residuals[i], np.zeros(len(i), bool))
         for d, i, scale in zip(draws, left, scales, strict=True)
     ]
-    return Nodes(*(np.concatenate(parts) for parts in zip(exact, *rest, strict=True)))
+    return _joined([exact, *rest])
+
+
+def _exact(draw, indices, dim):
+    """Nodes that are single eigenvalues."""
+    count = len(indices)
+    return Nodes(draw.nodes[indices], np.full(count, 1 / dim), draw.residuals[indices], np.ones(count, bool))
+
+
+def _joined(parts):
+    return Nodes(*(np.concatenate(x) for x in zip(*parts, strict=True)))
 
 
 def converged(draw: Nodes) -> np.ndarray:
@@ -90,32 +126,12 @@ def _matches(draws):
     return found
 
 
-def _single(draws, matches, dim, checked):
+def _single(draws, matches, dim, check):
     """Those of the matches that are single eigenvalues: that were checked, or whose weights are not too large."""
-    known = [match for match in matches if match[0] in checked.single]
-    others = [match for match in matches if match[0] not in checked.single | checked.repeated]
+    known = [match for match in matches if match[0] in check.single]
+    others = [match for match in matches if match[0] not in check.single | check.repeated]
     seen = np.array([dim * sum(d.weights[i] for d, i in zip(draws, match, strict=True)) for match in others])
     likely = scipy.stats.chi2.sf(seen, len(draws)) > _UNLIKELY
     if scipy.stats.chi2.sf(seen[likely].sum(), max(1, len(draws) * int(likely.sum()))) < _UNLIKELY:
         return known  # together they are too heavy, as where every eigenvalue is repeated
     return known + [match for match, ok in zip(others, likely, strict=True) if ok]
-
-
-def leading(early: Nodes, whole: Nodes) -> dict[int, float]:
-    """{index: value} of the converged Ritz values of a run that had converged early, in its first steps."""
-    some, before = converged(whole), converged(early)
-    found = {}
-    for i in some:
-        reach = whole.residuals[i] + early.residuals[before]
-        if np.any(np.abs(early.nodes[before] - whole.nodes[i]) <= reach):
-            found[int(i)] = float(whole.nodes[i])
-    return found
-
-
-def recurring(values: dict[int, float], again: Nodes) -> Checked:
-    """Which of the leading eigenvalues a run without their vectors has found again."""
-    near = set()
-    for i, value in values.items():
-        if np.any(np.abs(again.nodes - value) <= np.maximum(again.residuals, 1e-4 * abs(value))):
-            near.add(i)
-    return Checked(frozenset(values) - near, frozenset(near))

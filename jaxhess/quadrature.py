@@ -18,7 +18,7 @@ from jaxhess._linear import as_linear
 from jaxhess._noise import Run, noise, ritz_run
 from jaxhess._rows import NoGramError
 from jaxhess._trees import combine, random_like, tree_norm, tree_size, without
-from jaxhess._weights import NOTHING_CHECKED, Nodes, deflated, leading, plain, recurring
+from jaxhess._weights import Check, Nodes, check, converged, deflated, plain
 from jaxhess.gram import gram_eigenvalues, gram_rows
 from jaxhess.operators import block, linearize, product
 from jaxhess.problem import Problem, pose
@@ -27,7 +27,7 @@ from jaxhess.traces import layers_without_h
 
 PyTree = Any
 _GRAM_ROWS = 2000
-_SHARE = 4  # of the steps, one in so many more are taken to see which eigenvalues are repeated
+_SHARE = 4  # of the steps, one in so many more are taken in the complement of the vectors that were found
 _CHECK = 2**31 - 2  # folded into the key for the vectors that tell where H_l vanishes
 
 
@@ -121,7 +121,7 @@ class Runs:
             found = run(random_like(key, like), dim, restart_key=jax.random.fold_in(key, 1), progress=progress)
             values, _, residuals = ritz(found.alphas, found.betas)
             return Spectrum(values, np.full(dim, 1 / dim), dim, self.num_steps, residuals), ritz_run(found)
-        steps, draws, checked = min(self.num_steps, dim), [], NOTHING_CHECKED
+        steps, draws, checked = min(self.num_steps, dim), [], Check()
         deflate = self.weights == "deflated" and self.reorthogonalize  # ghost copies would each be an eigenvalue
         for draw in range(self.num_draws):
             report = _shifted(progress, draw * steps, self.num_draws * steps)
@@ -131,23 +131,24 @@ class Runs:
                 first = ritz_run(found) if self.reorthogonalize else _blind_run(like, key, draws[0].nodes)
                 checked = self._check(operator, found, draws[0], like, key) if deflate else checked
         nodes, weights, residuals, fixed = deflated(draws, dim, checked) if deflate else plain(draws)
-        return Spectrum(nodes, weights, dim, self.num_steps, residuals, self.num_draws, fixed), first
+        count = len(draws) + (checked.draw is not None)
+        return Spectrum(nodes, weights, dim, self.num_steps, residuals, count, fixed), first
 
     def _check(self, operator, found, nodes, like, key):
-        """Which leading eigenvalues are single: found by the first quarter of the steps, and not by as many again."""
-        steps = found.num_steps // _SHARE
-        values = leading(_nodes(found.alphas[:steps], found.betas[:steps]), nodes) if steps else {}
-        if not values:
-            return NOTHING_CHECKED
+        """What a quarter as many steps find in the complement of the converged Ritz vectors."""
+        steps, values = found.num_steps // _SHARE, converged(nodes)
+        if not steps or not 0 < len(values) < tree_size(like):
+            return Check()
         _, coefficients, _ = ritz(found.alphas, found.betas)
-        rows = combine(found.basis, coefficients[:, list(values)])
+        rows = combine(found.basis, coefficients[:, values])
         start = without(rows, without(rows, random_like(jax.random.fold_in(key, _CHECK - 1), like)))
 
         def rest(v):
             return without(rows, operator(without(rows, v)))
 
-        again = lanczos(rest, start, steps, reorthogonalize=False)  # ghost copies tell the same
-        return recurring(values, _nodes(again.alphas, again.betas))
+        again = lanczos(rest, start, steps)
+        early = _nodes(found.alphas[:steps], found.betas[:steps])
+        return check(nodes, early, _nodes(again.alphas, again.betas), tree_size(like))
 
 
 def _nodes(alphas, betas):

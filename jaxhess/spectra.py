@@ -118,7 +118,7 @@ class Spectrum:
           quantity: "mean", "trace", or f: a function of an array of eigenvalues, for the mean of f over all of them.
 
         Returns:
-          The standard error; 0 for an exact spectrum.
+          The standard error, with the rounding of eigenvalues of a known weight; 0 for an exact spectrum.
 
         Reference: Chen, Trogdon and Ubaru 2021, Analysis of stochastic Lanczos quadrature, section 4.
         """
@@ -126,7 +126,10 @@ class Spectrum:
         if isinstance(quantity, str):
             check_choice("quantity", quantity, functions)
             quantity = functions[quantity]
-        return float(self._errors(np.asarray(quantity(self.nodes))))
+        known = self.weights if not self.num_draws else np.where(self.fixed, self.weights, 0.0)
+        values = np.asarray(quantity(self.nodes))
+        moved = [np.abs(quantity(self.nodes + side * self.residuals) - values) for side in (-1, 1)]
+        return float(np.hypot(self._errors(values), known @ np.maximum(*moved)))
 
     def _errors(self, values):
         """Standard errors of means over eigenvalues of values (..., m) at the nodes."""
