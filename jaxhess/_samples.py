@@ -22,7 +22,7 @@ _GROUP_BYTES = 2**28  # for the gradients of all groups and probes
 
 @dataclasses.dataclass(frozen=True)
 class ProductSamples:
-    """v_l . (A v)_l of a product with the whole net."""
+    """v_l . (A v)_l of a product with the whole net, for v over all layers or over one of them only."""
 
     at: At
     layers: tuple[Layer, ...]
@@ -32,13 +32,22 @@ class ProductSamples:
         """The same v for every batch: it is v' A v for the mean A."""
         return keys
 
-    def __call__(self, params, batch, keys):
+    def __call__(self, params, batch, keys, only=None):
         def one(key):
             v = random_like(key, params, self.distribution)
+            if only is not None:
+                v = self._part(v, only)
             product_v = self.at(params, batch, v)
             return [inner(layer.arrays(v), layer.arrays(product_v)) for layer in self.layers]
 
         return _with_total(map_rows(one, keys))
+
+    def _part(self, v, only):
+        """v in the layer of this index and zero elsewhere, or v for -1."""
+        for i, layer in enumerate(self.layers):
+            kept = (only < 0) | (only == i)
+            v = layer.put(v, jax.tree.map(lambda x, kept=kept: x * kept.astype(x.dtype), layer.take(v)))
+        return v
 
 
 @dataclasses.dataclass(frozen=True)

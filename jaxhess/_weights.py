@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 import scipy.stats
 
-_APART = 0.1  # of the gap to the next Ritz value: residuals below it are those of eigenvalues
-_RELATIVE = 1e-2  # of the value: a cluster that is not resolved yet has residuals as large as it is wide
+_APART = 0.3  # of the gap to the next Ritz value: residuals below it are those of eigenvalues
+_RELATIVE = 3e-2  # of the value: a cluster that is not resolved yet has residuals as large as it is wide
 _UNLIKELY = 1e-5  # probability of weights as large as these for single eigenvalues
 _SAME = 1e-4  # of the value: nodes of two runs that are this near are one eigenvalue
 _DENSE = 1.5  # 2 sigma of the density, in units of the range / steps: nodes that are as near as this show no bumps
@@ -59,11 +59,12 @@ def check(first: Nodes, early: Nodes, rest: Nodes, dim: int) -> Check:
     """From the first draw, its first steps, and the run in the complement of its converged vectors."""
     found = converged(first)
     known = rest.residuals < _RELATIVE * np.abs(rest.nodes)
-    again = {int(i) for i in found if np.any(_near(first, i, rest)[known])}
+    near = np.array([_near(first, i, rest) & known for i in found])
+    again = set(found[near.any(1)].tolist())
     lead = {int(i) for i in found if np.any(_near(first, i, early)[converged(early)])}
     left = Nodes(rest.nodes, rest.weights * (1 - len(found) / dim), rest.residuals, rest.fixed)
     whole = _joined([_exact(first, found, dim), left])
-    new = rest.nodes[~np.any([_near(first, i, rest) for i in found], axis=0)]  # the others lie on nodes of the first
+    new = rest.nodes[~near.any(0)]  # the others lie on nodes of the first
     dense = not new.size or np.ptp(new) * len(first.nodes) <= _DENSE * np.ptp(first.nodes) * new.size
     return Check(frozenset(lead - again), frozenset(again), whole if dense else None)
 

@@ -28,8 +28,9 @@ class Estimate(_Estimate):
     Attributes:
       mean: scalar, the mean of the probes.
       std_error: scalar, their standard deviation / sqrt(num_probes); NaN for a single probe.
-      num_probes: the number of probes; 0 for an exact value, whose ``std_error`` is its rounding.
-      method: how it was found: "hutchinson"; "split", as Tr G + Tr H; or "exact".
+      num_probes: the number of probes, or of products by XTrace; 0 for an exact value, whose ``std_error`` is its
+        rounding.
+      method: how it was found: "hutchinson"; "xtrace"; "split", as Tr G + Tr H; or "exact".
 
     Example:
       >>> import jaxhess as jh
@@ -102,11 +103,21 @@ class Plan:
             if len(samples) < least:
                 continue
             estimates = _estimates(samples[:limit])  # at most a chunk too many were drawn
-            if not self.adaptive or len(samples) >= limit or all(map(self._met, estimates)):
+            if (
+                not self.adaptive
+                or len(samples) >= limit
+                or all(e.std_error <= self.tolerance(e.mean) for e in estimates)
+            ):
                 return estimates
 
-    def _met(self, estimate):
-        return estimate.std_error <= max(self.atol or 0.0, (self.rtol or 0.0) * abs(estimate.mean))
+    def of_ggn(self) -> Plan:
+        """For G where it is a part: its probes vary less than those of H, and are dearer."""
+        rtol, atol = (None if x is None else x / 4 for x in (self.rtol, self.atol))
+        return Plan(max(_LEAST, self.num_probes // 4), rtol, atol, self.max_probes, self.chunk_size)
+
+    def tolerance(self, mean: float) -> float:
+        """The largest standard error that is wanted for a mean."""
+        return max(self.atol or 0.0, (self.rtol or 0.0) * abs(mean))
 
 
 def _estimates(samples):

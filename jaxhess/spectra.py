@@ -28,7 +28,8 @@ class Spectrum:
       num_steps: the Lanczos steps of a draw, which set the width of the density; 128 for an exact spectrum.
       residuals: (m,); an eigenvalue lies within this distance of each node. It covers the Lanczos steps that were not
         taken, the differences between repeated products, and the rounding inside the operator. Zeros unless given.
-      num_draws: the random start vectors that the weights are averaged over; 0 where all weights are exact.
+      num_draws: the random start vectors that the weights are averaged over, with that of a run in the complement of
+        the vectors that were found; 0 where all weights are exact.
       fixed: (m,) of bool; the nodes of a known weight, 1/dim, because they are single eigenvalues. None by default.
 
     Raises:
@@ -118,7 +119,7 @@ class Spectrum:
           quantity: "mean", "trace", or f: a function of an array of eigenvalues, for the mean of f over all of them.
 
         Returns:
-          The standard error, with the rounding of eigenvalues of a known weight; 0 for an exact spectrum.
+          The standard error, with the residuals of nodes that are eigenvalues; 0 for an exact spectrum.
 
         Reference: Chen, Trogdon and Ubaru 2021, Analysis of stochastic Lanczos quadrature, section 4.
         """
@@ -126,7 +127,8 @@ class Spectrum:
         if isinstance(quantity, str):
             check_choice("quantity", quantity, functions)
             quantity = functions[quantity]
-        known = self.weights if not self.num_draws else np.where(self.fixed, self.weights, 0.0)
+        found = self.fixed | (self.residuals < 1e-2 * np.abs(self.nodes)) | (self.num_draws == 0)
+        known = np.where(found, self.weights, 0.0)
         values = np.asarray(quantity(self.nodes))
         moved = [np.abs(quantity(self.nodes + side * self.residuals) - values) for side in (-1, 1)]
         return float(np.hypot(self._errors(values), known @ np.maximum(*moved)))

@@ -12,13 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxhess._allocation import share_out
 from jaxhess._checks import NotFiniteError, check_choice, check_key, check_like, is_traced
 from jaxhess._diagnosis import why_not_finite
 from jaxhess._linear import as_linear
 from jaxhess._products import At
 from jaxhess._rows import NoGramError
 from jaxhess._samples import FactorSamples, ProductSamples, Samples
-from jaxhess._trees import automatic, inner, own_eps, random_like, random_rows, sampler, to_host, tree_size
+from jaxhess._trees import automatic, draw_keys, inner, own_eps, random_like, random_rows, sampler, to_host, tree_size
+from jaxhess._xtrace import samples as xtrace
 from jaxhess.estimates import Estimate, Plan
 from jaxhess.gram import row_traces
 from jaxhess.layers import Layer
@@ -28,7 +30,6 @@ from jaxhess.problem import Problem, pose
 
 PyTree = Any
 METHODS = ("auto", "hutchinson", "split", "exact")
-_PILOT = 8  # probes of Hess and of H that tell which varies less
 
 
 def trace(
@@ -42,30 +43,37 @@ def trace(
     atol: float | None = None,
     max_probes: int = 1024,
     chunk_size: int = 8,
+    method: str = "hutchinson",
 ) -> Estimate:
-    """Hutchinson's estimate of a trace: the mean of v' A v over random v with E[v v'] = I.
+    """An estimate of a trace: the mean of v' A v over random v with E[v v'] = I (Hutchinson), or XTrace.
 
     A Rademacher probe has the variance 2 * (||A||_F^2 - sum_i A_ii^2), a Gaussian one 2 * ||A||_F^2.
+
+    XTrace takes the trace on the range of the products of m random vectors, and probes what is left with each of them
+    in turn. It is far more precise where a few eigenvalues make most of the trace, and less where all are alike.
 
     Args:
       operator: v -> A v, as from `hessian`; traceable by JAX, or over `Batches`.
       like: a pytree of arrays like v.
       key: a JAX random key; the same key gives the same probes, and a longer run begins with those of a shorter one.
-      num_probes: number of probes; with a tolerance, the smallest number (at least 8: with fewer, the standard error
-        is too often small by chance).
+      num_probes: number of products. With a tolerance it is the smallest number (at least 8: with fewer, the standard
+        error is too often small by chance).
       probe: "rademacher" or "gaussian".
       rtol, atol: with either, probes are added until the standard error is at most max(atol, rtol * |mean|), or
         ``max_probes`` is reached. The standard error of the result tells which happened.
       max_probes: largest number of probes under a tolerance.
       chunk_size: probes computed at a time; they take the memory of as many products.
+      method: "hutchinson" or "xtrace". XTrace takes Gaussian vectors, half as many as products, and holds three times
+        as many vectors like v. Its estimates share their vectors, so that their mean varies up to twice as much as
+        that of independent ones; the standard error says so.
 
     Returns:
-      `Estimate` of scalars. Works under ``jit`` without tolerances.
+      `Estimate` of scalars. Hutchinson's works under ``jit`` without tolerances.
 
     Raises:
       ValueError: for fewer than one probe, an unknown probe, a negative tolerance, an empty ``like``, or a product that
-        is not finite.
-      TypeError: if ``key`` is not a JAX random key, or for a tolerance under ``jit``.
+        is not finite; for XTrace with a tolerance, or fewer than four products.
+      TypeError: if ``key`` is not a JAX random key, or for a tolerance or XTrace under ``jit``.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxhess as jh
@@ -73,10 +81,12 @@ def trace(
       >>> float(est.mean), float(est.std_error), est.num_probes
       (10.0, 0.0, 4)
 
-    Reference: Hutchinson 1990; Avron and Toledo 2011; Algorithm 1 of the paper.
+    Reference: Hutchinson 1990; Avron and Toledo 2011; Algorithm 1 of the paper; Epperly, Tropp and Webber 2024, XTrace:
+    making the most of every sample in stochastic trace estimation.
     """
     check_key(key)
     check_like("like", like)
+    check_choice("method", method, ("hutchinson", "xtrace"))
     distribution, operator = sampler(probe), as_linear(operator)
     plan = Plan(num_probes, rtol, atol, max_probes, chunk_size)
 
@@ -87,7 +97,24 @@ def trace(
     def why():
         return operator.func.why_not_finite(*operator.args, random_like(key, like, distribution))
 
+    if method == "xtrace":
+        return _xtrace(operator, like, key, plan, why)
     return plan.estimate(draw, why, key, ["the operator"])[0]
+
+
+def _xtrace(operator, like, key, plan, why):
+    if plan.adaptive:
+        raise ValueError('XTrace takes no tolerance; give num_probes, or use method="hutchinson"')
+    if plan.num_probes < 4:
+        raise ValueError(f"XTrace takes at least 4 products, got num_probes={plan.num_probes}")
+    count = min(plan.num_probes // 2, tree_size(like))
+    if is_traced(like, key):
+        raise TypeError('XTrace cannot run under jit; use method="hutchinson" there')
+    found = xtrace(operator, like, draw_keys(key, 0, count))
+    if not np.isfinite(found).all():
+        raise NotFiniteError(f"products of the operator are not finite: {why()}")
+    error = (2 * found.var(ddof=1) / count) ** 0.5 if count > 1 else np.nan
+    return Estimate(found.mean(), error, 2 * count, "xtrace")
 
 
 def layer_traces(
@@ -125,8 +152,9 @@ def layer_traces(
       curvature: "hessian", "ggn" or "functional".
       method: "hutchinson" for probes of that curvature alone. "exact": G from its rows, other curvatures column by
         column, one product for each parameter. "split": Hess as G + H, with probes for those H_l that are not zero.
-        "auto": of G exact where an example has no more outputs than there are probes; of Hess the split where H_l is
-        zero, and where the first probes vary less by it; otherwise probes. ``Estimate.method`` says which it was.
+        "auto": G exactly where an example has at most twice as many outputs as there are probes; Hess by the split
+        where examples do not depend on each other; otherwise by probes. Under a tolerance, layers that would need many
+        probes over all layers get probes of their own. ``Estimate.method`` says which it was.
       has_aux: as for `hessian`.
 
     Returns:
@@ -163,12 +191,30 @@ def traces_of(
         raise ValueError(f"only the Hessian is split, into G and H; ask for {curvature!r} by another method")
     if method == "exact":
         return _exact(problem, curvature)
-    known = not is_traced(problem.params, problem.first)
-    if method == "auto" and curvature == "ggn" and known and _rows_are_cheap(problem, plan):
+    auto = method == "auto" and not is_traced(problem.params, problem.first)
+    if auto and curvature == "ggn" and _rows_are_cheap(problem, plan):
         return _exact(problem, "ggn")
-    if curvature == "hessian" and (method == "split" or (method == "auto" and known and _splits(problem))):
-        return _split(problem, key, plan, probe, method)
+    if method == "split" or (auto and curvature == "hessian" and _splits(problem)):
+        return _split(problem, key, plan, probe)
+    if auto and plan.adaptive and curvature != "ggn":
+        return _to_tolerance(problem, curvature, key, plan, probe)
     return _by_probes(problem, curvature, problem.layers, key, plan, probe, method)
+
+
+def _to_tolerance(problem, curvature, key, plan, probe, known=None):
+    """By probes of all layers and of single ones, to a tolerance; of those layers whose values they add to."""
+    known = known or {name: Estimate(0.0, 0.0, 0) for name in (*(layer.name for layer in problem.layers), "total")}
+    layers = tuple(layer for layer in problem.layers if layer.name in known)
+    samples = _samples(problem, curvature, layers, probe, "hutchinson")
+
+    def draw(keys, only):
+        return problem.mean(samples, lambda number: (keys, jnp.int32(only)))
+
+    found = dict(zip(known, share_out(draw, key, plan, list(known.values())), strict=True))
+    if bad := [name for name, e in found.items() if not np.isfinite(e.mean)]:
+        why = why_not_finite(curvature, problem.loss, problem.params, problem.batch)
+        raise NotFiniteError(f"probes gave values that are not finite for {bad}: {why}")
+    return found
 
 
 def _by_probes(problem, curvature, layers, key, plan, probe, method="hutchinson"):
@@ -223,9 +269,9 @@ def _columns(operator, layer, params):
 
 
 def _rows_are_cheap(problem, plan):
-    """Whether an example has no more outputs than there are probes, and does not depend on others."""
-    each = problem.outputs.size // max(1, len(problem.outputs)) if problem.outputs.ndim > 1 else plan.num_probes + 1
-    if each > plan.num_probes or plan.adaptive:
+    """Whether an example has not many more outputs than there are probes, and does not depend on others."""
+    each = problem.outputs.size // max(1, len(problem.outputs)) if problem.outputs.ndim > 1 else np.inf
+    if each > 2 * plan.num_probes:  # for twice the time the error is gone
         return False
     bytes_each = each * sum(x.nbytes for x in jax.tree.leaves(problem.params))
     return bytes_each <= 2**30 and problem.of_examples is not None
@@ -235,8 +281,8 @@ def _rows_are_cheap(problem, plan):
 
 
 def _splits(problem):
-    """Whether G and H can be had one by one."""
-    if not isinstance(problem.loss, Objective):
+    """Whether G and H can be had one by one, and G without the noise between examples."""
+    if not isinstance(problem.loss, Objective) or problem.of_examples is None:
         return False
     try:
         return factored(problem.loss.criterion, problem.outputs, problem.first) is not None
@@ -244,44 +290,24 @@ def _splits(problem):
         return False
 
 
-def _split(problem, key, plan, probe, method):
+def _split(problem, key, plan, probe):
     ggn_key, key = jax.random.split(key)
     try:
-        ggn = traces_of(problem, "ggn", ggn_key, plan, probe, "auto")
+        ggn = traces_of(problem, "ggn", ggn_key, plan.of_ggn(), probe, "auto")
     except NoGramError:
-        ggn = traces_of(problem, "ggn", ggn_key, plan, probe, "hutchinson")
+        ggn = traces_of(problem, "ggn", ggn_key, plan.of_ggn(), probe, "hutchinson")
+    ggn = {name: Estimate(*e, "split" if e.num_probes else "exact") for name, e in ggn.items()}
     zero = layers_without_h(problem, problem.layers, key)
-    left = tuple(layer for layer in problem.layers if layer.name not in zero)
-    if not left:
-        return {name: Estimate(*e, "split" if e.num_probes else "exact") for name, e in ggn.items()}
-    curvature = "functional"
-    if method == "auto":
-        curvature = min(("functional", "hessian"), key=lambda c: _spread(problem, c, left, key, probe, ggn))
-    rest = _by_probes(problem, curvature, left, key, plan, probe)
-    same = [ggn[layer.name] for layer in problem.layers if layer not in left]  # their H is zero
-    if curvature == "functional":
-        found = {layer.name: _sum([ggn[layer.name], rest[layer.name]]) for layer in left}
-        total = _sum([ggn["total"], rest["total"]])
-    else:
-        found, total = {layer.name: rest[layer.name] for layer in left}, _sum([*same, rest["total"]])
-    of_g = {name: Estimate(*e, "split" if e.num_probes else "exact") for name, e in ggn.items()}
-    return {layer.name: found.get(layer.name, of_g[layer.name]) for layer in problem.layers} | {"total": total}
-
-
-def _sum(estimates):
-    """Of independent estimates."""
-    error = sum(e.std_error**2 for e in estimates) ** 0.5
-    return Estimate(sum(e.mean for e in estimates), error, max(e.num_probes for e in estimates), "split")
-
-
-def _spread(problem, curvature, layers, key, probe, ggn):
-    """How much a few probes vary, summed over layers in units of their traces of G; with the errors of G if needed."""
-    plan = Plan(_PILOT, chunk_size=_PILOT)
-    found = _by_probes(problem, curvature, layers, jax.random.fold_in(key, 1), plan, probe)
-    units = {name: abs(float(ggn[name].mean)) or 1.0 for name in found}
-    own = sum((float(e.std_error) / units[name]) ** 2 for name, e in found.items())
-    of_g = sum((float(ggn[name].std_error) / units[name]) ** 2 for name in found) if curvature == "functional" else 0.0
-    return own + of_g
+    left = {name: Estimate(e.mean, e.std_error, e.num_probes, "split") for name, e in ggn.items() if name not in zero}
+    if list(left) == ["total"]:
+        return ggn
+    if plan.adaptive:
+        return ggn | _to_tolerance(problem, "functional", key, plan, probe, left)
+    layers = tuple(layer for layer in problem.layers if layer.name in left)
+    return ggn | {
+        name: Estimate(left[name].mean + e.mean, np.hypot(left[name].std_error, e.std_error), e.num_probes, "split")
+        for name, e in _by_probes(problem, "functional", layers, key, plan, probe).items()
+    }
 
 
 def layers_without_h(problem: Problem, layers: tuple[Layer, ...], key: jax.Array) -> set[str]:

@@ -26,9 +26,9 @@ ALLOWED = {"jax", "numpy", "scipy", "optax"}
 FLOORS = [
     {"_checks", "_order", "_programs", "_slips", "_softmax", "_versions", "_weights"},
     {"_factor", "_trees", "batches", "spectra"},
-    {"_linear", "estimates", "layers", "objective"},
+    {"_linear", "_xtrace", "estimates", "layers", "objective"},
     {"_examples", "_lanczos", "_products", "criteria"},
-    {"_noise", "_samples", "diagonals", "problem"},
+    {"_allocation", "_noise", "_samples", "diagonals", "problem"},
     {"_diagnosis", "eigenpairs", "regularizer"},
     {"_rows", "operators", "transform"},
     {"gram"},

@@ -36,27 +36,37 @@ def made(request):
     found = {
         weights: [
             jh.spectrum(operator, like=jnp.zeros(DIM), key=jax.random.key(k), num_steps=30, weights=weights)
-            for k in range(40)
+            for k in range(keys)
         ]
-        for weights in ("plain", "deflated")
+        for weights, keys in (("plain", 40), ("deflated", 100))
     }
     return jh.Spectrum.from_eigenvalues(values), found["plain"], found["deflated"]
 
 
 def test_deflated_weights_are_never_worse_than_plain_ones(made):
     exact, plain, deflated = made
-    errors = [np.mean([jh.wasserstein(spec, exact) for spec in spectra]) for spectra in (plain, deflated)]
+    errors = [np.mean([jh.wasserstein(spec, exact) for spec in spectra[:40]]) for spectra in (plain, deflated)]
     assert errors[1] <= 1.02 * errors[0]
 
 
 def test_deflated_weights_have_no_bias_and_their_errors_are_right(made):
     exact, _, deflated = made
-    for quantity, truth in [("trace", exact.trace), (np.square, exact.weights @ exact.nodes**2)]:
+    # Squares of a spectrum with repeated outliers are skewed: a start vector may miss most of their weight.
+    for quantity, truth, most in [("trace", exact.trace, 1.2), (np.square, exact.weights @ exact.nodes**2, 1.45)]:
         found = [s.trace if quantity == "trace" else s.weights @ s.nodes**2 for s in deflated]
         z = (np.array(found) - truth) / [s.std_error(quantity) for s in deflated]
         deviation = (np.mean(found) - truth) / (np.std(found) / len(found) ** 0.5)
         assert abs(deviation) < 4
-        assert 0.6 < np.sqrt(np.mean(z**2)) < 2.0
+        assert 0.8 < np.sqrt(np.mean(z**2)) < most
+
+
+def test_an_exactly_found_spectrum_has_the_error_of_its_rounding():
+    values = np.append(np.zeros(DIM - 20), np.arange(1.0, 21))
+    operator = helpers.as_operator(values.astype(np.float32))
+    for k in range(5):
+        spec = jh.spectrum(operator, like=jnp.zeros(DIM), key=jax.random.key(k), num_steps=40)
+        assert spec.fixed.sum() == 20
+        assert abs(spec.trace - values.sum()) < spec.std_error("trace") < 1e-2 * values.sum()
 
 
 def test_outliers_weigh_what_they_must():
@@ -70,16 +80,23 @@ def test_draws_are_merged():
     operator = helpers.as_operator(MADE["bulk and outliers"].astype(np.float32))
     spec = jh.spectrum(operator, like=jnp.zeros(DIM), key=jax.random.key(0), num_steps=30, num_draws=3)
     assert [int(np.sum(np.abs(spec.nodes - top) < 1e-3)) for top in (3, 4, 6, 9, 14, 20)] == [1] * 6
-    assert jh.count_outliers(spec) == 6 and spec.num_draws == 3
+    assert jh.count_outliers(spec) == 6 and spec.num_draws == 4  # with the run in the complement
 
 
 def test_repeated_eigenvalues_are_told_by_a_second_run():
     nodes = np.array([0.5, 2.0, 5.0])
     whole = _weights.Nodes(nodes, np.full(3, 1 / 3), np.full(3, 1e-6), np.zeros(3, bool))
-    early = _weights.leading(whole, whole)
-    again = whole._replace(nodes=np.array([0.4, 2.0, 3.0]))
-    checked = _weights.recurring(early, again)
-    assert checked.repeated == {1} and checked.single == {0, 2}
+    rest = whole._replace(nodes=np.array([0.4, 2.0, 2.5]))
+    found = _weights.check(whole, whole, rest, 10)
+    assert found.repeated == {1} and found.single == {0, 2}
+    np.testing.assert_allclose(found.draw.nodes, [0.5, 2, 5, 0.4, 2, 2.5])
+    np.testing.assert_allclose(found.draw.weights, [0.1] * 3 + [0.7 / 3] * 3)
+
+
+def test_a_run_that_is_too_coarse_for_the_rest_is_no_draw():
+    whole = _weights.Nodes(np.linspace(-1, 1, 40), np.full(40, 1 / 40), np.full(40, 1e-6), np.zeros(40, bool))
+    rest = _weights.Nodes(np.linspace(-0.9, 0.9, 10), np.full(10, 0.1), np.ones(10), np.zeros(10, bool))
+    assert _weights.check(whole, whole, rest, 100).draw is None
 
 
 def test_bands_are_as_wide_as_densities_vary():
@@ -122,6 +139,85 @@ def test_the_distance_to_an_exact_spectrum_has_a_fair_error():
 
 
 # ---- traces ----
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_xtrace_has_no_bias_and_a_fair_error(name):
+    values = MADE[name]
+    operator = helpers.as_operator(helpers.rotated(values).astype(np.float32))
+    found = [
+        jh.trace(operator, like=jnp.zeros(DIM), key=jax.random.key(k), num_probes=32, method="xtrace")
+        for k in range(60)
+    ]
+    errors = np.array([e.mean for e in found]) - values.sum()
+    assert abs(errors.mean()) < 4 * errors.std() / len(found) ** 0.5
+    assert 0.7 < np.sqrt(np.mean((errors / [e.std_error for e in found]) ** 2)) < 1.3
+    assert {(e.method, e.num_probes) for e in found} == {("xtrace", 32)}
+
+
+def test_xtrace_is_exact_where_the_range_is_small():
+    values = np.append(np.zeros(DIM - 5), np.arange(1.0, 6))
+    operator = helpers.as_operator(helpers.rotated(values).astype(np.float32))
+    like = {"a": jnp.zeros((DIM // 2, 1)), "b": jnp.zeros(DIM // 2)}
+
+    def on_tree(v):
+        product = operator(jnp.concatenate([v["a"].ravel(), v["b"]]))
+        return {"a": product[: DIM // 2, None], "b": product[DIM // 2 :]}
+
+    found = jh.trace(on_tree, like=like, key=jax.random.key(0), num_probes=24, method="xtrace")
+    np.testing.assert_allclose(found.mean, 15, rtol=1e-5)
+    assert found.std_error < 1e-4
+    assert jh.trace(lambda v: 0 * v, like=jnp.zeros(9), key=jax.random.key(0), method="xtrace").mean == 0
+
+
+def test_what_xtrace_cannot_do_is_refused():
+    def ask(**options):
+        return jh.trace(lambda v: v, like=jnp.zeros(9), key=jax.random.key(0), method="xtrace", **options)
+
+    with pytest.raises(ValueError, match="takes no tolerance"):
+        ask(rtol=0.1)
+    with pytest.raises(ValueError, match="at least 4 products, got num_probes=3"):
+        ask(num_probes=3)
+    with pytest.raises(TypeError, match="cannot run under jit"):
+        jax.jit(lambda x: jh.trace(lambda v: v, like=x, key=jax.random.key(0), method="xtrace"))(jnp.zeros(9))
+    with pytest.raises(ValueError, match="not finite"):
+        jh.trace(lambda v: v / 0, like=jnp.zeros(9), key=jax.random.key(0), method="xtrace")
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "functional"])
+@pytest.mark.parametrize("name", ["mlp", "sequence", "batch norm"])
+def test_layers_get_probes_of_their_own_under_a_tolerance(name, curvature):
+    p = problem(name)
+    layers = [*jh.layer_names(p.params), "total"]
+    traces = {x: np.trace(helpers.dense(p, curvature, None if x == "total" else x)) for x in layers}
+    z = []
+    for k in range(12):
+        found = jh.layer_traces(
+            p.objective, p.params, p.batch, key=jax.random.key(k), curvature=curvature, rtol=0.1, atol=0.02
+        )
+        for layer, estimate in found.items():
+            assert estimate.std_error <= max(0.02, 0.1 * abs(estimate.mean)) or estimate.num_probes >= 1024
+            z.append((estimate.mean - traces[layer]) / max(estimate.std_error, 1e-5))
+    assert abs(np.mean(z)) < 0.5 and np.std(z) < 1.5
+
+
+def test_a_quiet_layer_beside_loud_ones_takes_few_probes():
+    """Of a block of trace 1 whose rows hold large blocks with another layer."""
+    rng = np.random.default_rng(0)
+    a = {"quiet": jnp.eye(4) / 4, "loud": jnp.eye(40), "between": jnp.asarray(rng.normal(size=(4, 40)), jnp.float32)}
+
+    def loss(p, batch):
+        quiet, loud = p["quiet"]["w"], p["loud"]["w"]
+        cross = quiet @ a["between"] @ loud
+        return 0.5 * (quiet @ a["quiet"] @ quiet + loud @ a["loud"] @ loud) + cross + 0 * batch.sum()
+
+    params = {"quiet": {"w": jnp.zeros(4)}, "loud": {"w": jnp.zeros(40)}}
+    found = {
+        method: jh.layer_traces(loss, params, jnp.ones(1), key=jax.random.key(0), rtol=0.1, method=method)
+        for method in ("auto", "hutchinson")
+    }
+    assert found["auto"]["quiet"].num_probes == 8 and abs(found["auto"]["quiet"].mean - 1) < 1e-5
+    assert found["hutchinson"]["quiet"].num_probes > 500
 
 
 def relu_net(params, batch):
