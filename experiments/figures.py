@@ -36,14 +36,26 @@ class Subject:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(TrainConfig, Subject):
+class Scale:
+    """How much of a net and of a data set is trained: what the tables share with the figures.
+
+    Attributes:
+      label: feature of the data set that holds the labels, such as coarse_label.
+      width: factor on all numbers of channels, for nets that have this option.
+      examples: number of training images, the same for each class; 0 for all of them.
+    """
+
+    label: str = "label"
+    width: float = 1.0
+    examples: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(TrainConfig, Scale, Subject):
     """How to train, on what, and how the curvature is measured.
 
     Attributes:
       epochs: passes over the training images.
-      label: feature of the data set that holds the labels, such as coarse_label.
-      width: factor on all numbers of channels, for nets that have this option.
-      examples: number of training images, the same for each class; 0 for all of them.
       images_per_class: training images of each class at which the curvature is measured.
       norm_layers: whether normalisation layers are shown too. The paper shows convolutions and dense layers.
       method: how the Hessian's spectra are found: "lanczos", or "auto": exactly, through the Gram matrix, for layers
@@ -51,9 +63,6 @@ class Config(TrainConfig, Subject):
     """
 
     epochs: int = 10
-    label: str = "label"
-    width: float = 1.0
-    examples: int = 0
     images_per_class: int = 10
     norm_layers: bool = False
     method: Literal["lanczos", "auto"] = "auto"
@@ -64,7 +73,7 @@ def load_all(config: OverTraining, data_dir: str | None) -> dict[str, Dataset]:
     return {name: load(config, name, data_dir) for name in config.dataset}
 
 
-def load(config: Config, name: str, data_dir: str | None) -> Dataset:
+def load(config: Scale, name: str, data_dir: str | None) -> Dataset:
     """A data set, or as much of it as is trained on; "cifar100:coarse_label" names the labels too."""
     name, _, label = name.partition(":")
     dataset = data.load(name, data_dir, label=label or config.label)
@@ -78,10 +87,11 @@ def load(config: Config, name: str, data_dir: str | None) -> Dataset:
 
 def net(config: Config, name: str, dataset: Dataset, out_dir: pathlib.Path, **options) -> tuple[nn.Module, Trained]:
     """A net, trained or found; ``options`` as for `experiments.train.train_once`."""
-    return train_once(name, dataset, config, out_dir, options=_options(config), **options)
+    return train_once(name, dataset, config, out_dir, options=net_options(config), **options)
 
 
-def _options(config):
+def net_options(config: Scale) -> dict[str, float]:
+    """The options of a net for `experiments.models.build`; none at full width, as in nets kept before there was one."""
     return {} if config.width == 1 else {"width": config.width}
 
 
@@ -93,7 +103,7 @@ def shown(config: Config, model: nn.Module, params: PyTree, batch: PyTree) -> li
     return [name for name in names if any(x.ndim > 1 for x in jax.tree.leaves(jh.subtree(params, name)))]
 
 
-def about(config: Config, model: str, dataset: str) -> str:
+def about(config: Scale, model: str, dataset: str) -> str:
     """The net and its data in words, with what was made smaller than the paper's."""
     net_words = plot.label(model) + (f" (width {config.width:g})" if config.width != 1 else "")
     name, _, label = dataset.partition(":")
@@ -178,7 +188,7 @@ def run_over_training(config: OverTraining, out_dir: pathlib.Path, data_dir: str
     for dataset_name, dataset in load_all(config, data_dir).items():
         for name in config.model:
             found = numbers.setdefault(about(config, name, dataset_name), {})
-            model = models.build(name, dataset.num_classes, **_options(config))
+            model = models.build(name, dataset.num_classes, **net_options(config))
             for trial in range(config.trials):
                 seeded = dataclasses.replace(config, seed=config.seed + trial)
                 _, trained = net(seeded, name, dataset, out_dir, callback=Curvature(seeded, model, dataset))

@@ -75,13 +75,14 @@ def test_every_row_of_tables_1_to_3_runs_two_steps(any_data, quick_compilation, 
         assert np.isfinite(trained.history["penalty"]).all() and trained.history["skipped"][-1] == 0
 
 
-def test_unknown_rows_presets_and_arms():
-    with pytest.raises(ValueError, match=r"no row model='mlp' dataset='mnist'; choose from \['lenet mnist'"):
-        arms.row("mlp", "mnist")
+def test_unknown_presets_and_arms_and_negative_settings():
     with pytest.raises(ValueError, match="unknown preset 'mine'"):
         arms.Config(preset="mine")
     with pytest.raises(ValueError, match="trials must be at least 1"):
         arms.Config(trials=0)
+    for name in ("epochs", "learning_rate", "gamma"):
+        with pytest.raises(ValueError, match=f"{name} must be .* 0 for the preset's, got -1"):
+            arms.Config(**{name: -1})
     with pytest.raises(ValueError, match="unknown arm 'sam'"):
         arms.training(arms.Config(), "sam", 0)
 

@@ -11,10 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import numpy as np
 
 from experiments import arms, data, plot, report, store, tables
+from experiments.plan import Plan
+
+SETTINGS = {"CE": None, "CE + HTR": {}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +29,14 @@ class Config(arms.Config):
     trials: int = 3
 
 
-def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> None:
-    """Trains (or finds) the nets, measuring after each epoch, and saves the numbers."""
-    tables.run_sweep(config, {"CE": None, "CE + HTR": {}}, out_dir, data_dir, traces=True)
+def plan(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> Plan:
+    """The trainings of all settings."""
+    return tables.plan_sweep(config, SETTINGS, out_dir, data_dir, traces=True)
+
+
+def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> dict[str, Any]:
+    """Trains (or finds) the nets, measuring after each epoch, and saves the numbers; returns how they were trained."""
+    return tables.run_sweep(config, SETTINGS, out_dir, data_dir, traces=True)
 
 
 def draw(config: Config, out_dir: pathlib.Path) -> None:
