@@ -11,6 +11,7 @@ import flax.linen as nn
 from experiments import figures, models, names
 from experiments.data import Dataset
 from experiments.recipe import Penalty, TrainConfig
+from experiments.report import Reported
 
 ARMS = {
     "ce": "CE",
@@ -131,9 +132,9 @@ def _row(config):
     return row(config.model, config.dataset if config.label == "label" else f"{config.dataset}:{config.label}")
 
 
-def paper(config: Config) -> Mapping[str, tuple[float, float]]:
-    """{arm: (mean, standard deviation)} of the test error in % that the paper reports; empty where it has no row."""
-    return _row(config).paper
+def reported(config: Config) -> Reported:
+    """What the paper reports of a row, with no arms where it has none; its text says that it ran 5 trials of each."""
+    return Reported(_row(config).paper, 5, comparable=config.width == 1 and not config.examples)
 
 
 def length(config: Config) -> int:

@@ -137,7 +137,7 @@ COLUMNS = {
 
 def print_table(config: arms.Config, out_dir: pathlib.Path, claims: Sequence[Claim]) -> None:
     """Prints the table of the saved numbers and what they say of the paper's claims, and draws the mean densities."""
-    numbers, reported = store.load_json(out_dir / "numbers.json"), arms.paper(config)
+    numbers, reported = store.load_json(out_dir / "numbers.json"), arms.reported(config)
     trials = len(next(iter(numbers.values())))
     print(
         f"{arms.about(config)}, penalty: {config.curvature} every {config.every} steps; "
@@ -145,13 +145,13 @@ def print_table(config: arms.Config, out_dir: pathlib.Path, claims: Sequence[Cla
     )
     lines = [["", *COLUMNS, "paper's error %"]]
     for arm, records in numbers.items():
-        paper = "{:.2f} +- {:.2f}".format(*reported[arm]) if arm in reported else "-"
+        paper = "{:.2f} +- {:.2f}".format(*reported.errors[arm]) if arm in reported.errors else "-"
         lines.append([arms.ARMS[arm], *(column.cell(records) for column in COLUMNS.values()), paper])
     report.print_columns(lines)
     print(f"p multiplied by the {len(claims)} tests:")
     for claim in claims:
         values = {arm: [record[claim.metric] for record in records] for arm, records in numbers.items()}
-        print(report.judge(claim, values, tests=len(claims)))
+        print(report.judge(claim, values, len(claims), reported))
     if trials > 2:
         for arm, records in numbers.items():
             traces, gaps = ([record[name] for record in records] for name in ("trace", "gap"))
@@ -183,6 +183,9 @@ def _merged(spectra):
 class LayerTraces:
     """A callback of training that records the traces of all G_l, which for ReLU nets are those of Hess_l.
 
+    Beside them stand the loss and the accuracy of the net on all training images: those in the history of a training
+    are of the nets during the epoch, on augmented images.
+
     Attributes:
       images_per_class: training images of each class.
       num_probes: probes of each trace.
@@ -197,13 +200,15 @@ class LayerTraces:
     dataset: Dataset = dataclasses.field(repr=False)
 
     def __call__(self, epoch, params, batch_stats):
-        """{"trace/LAYER": value, ..., "trace/total": value}."""
+        """{"trace/LAYER", "trace/total", "evaluated/train_loss", "evaluated/train_accuracy": value}."""
         batch = measure.measure_batch(self.dataset, self.images_per_class, batch_stats)
         key = jax.random.fold_in(jax.random.key(self.seed), epoch)
         traces = jh.layer_traces(
             models.objective(self.model), params, batch, key=key, num_probes=self.num_probes, curvature="ggn"
         )
-        return {f"trace/{layer}": float(estimate.mean) for layer, estimate in traces.items()}
+        loss, error = train.evaluate(self.model, params, batch_stats, self.dataset, self.dataset.train)
+        found = {f"trace/{layer}": float(estimate.mean) for layer, estimate in traces.items()}
+        return found | {"evaluated/train_loss": loss, "evaluated/train_accuracy": 1 - error}
 
 
 def plan_sweep(

@@ -52,9 +52,13 @@ def draw(config: Config, out_dir: pathlib.Path) -> None:
         accuracy = report.percent([trial[-1] for trial in numbers[name]["train_accuracy"]])
         print(f"{name}: training accuracy {accuracy} %, sum of traces {report.spread(values, '.4g')}")
     for name, metrics in numbers.items():
+        # Older results lack the accuracy of the net after each epoch, and have that of its steps alone.
+        evaluated = "evaluated/train_accuracy" in metrics
+        accuracies = metrics["evaluated/train_accuracy" if evaluated else "train_accuracy"]
         traces, accuracy, error = (
-            np.mean(metrics[metric], 0) for metric in ("trace/total", "train_accuracy", "test_error")
+            np.mean(values, 0) for values in (metrics["trace/total"], accuracies, metrics["test_error"])
         )
-        where = f"over {len(error)} epochs"
-        print(f"{name}: {report.rank_correlation(traces[-len(error) :], accuracy - 1 + error, where)}")
+        gap = accuracy[-len(error) :] - 1 + error
+        words = report.rank_correlation_of_series(traces[-len(error) :], gap)
+        print(f"{name}: {words}{'' if evaluated else '; the gap is to the accuracy during the epoch'}")
     print(report.judge(report.Claim("CE + HTR", "CE", "HTR lowers the sum of traces at the end", "trace"), last))
