@@ -58,6 +58,7 @@ ERROR, ACCURACY, GAP = (
     Column("train_accuracy", 100, ".2f"),
     Column("gap", 100, ".2f"),
 )
+TRAIN_LOSS = Column("train_loss", 1, ".3g")
 TRACE, NEGATIVE = Column("trace", 1, ".4g"), Column("negative_trace", 1, ".3g")
 LAMBDA_MAX, LAMBDA_MIN = Column("lambda_max", 1, ".4g"), Column("lambda_min", 1, ".3g")
 
@@ -107,26 +108,41 @@ def judge(claim: Claim, values: Mapping[str, Sequence[float]], tests: int = 1, r
       reports, or else 0.1 points or 5% of a trace; the difference that would be found with a power of 80%; and the
       paper's difference with its own p, and beside this one.
     """
-    percent = claim.metric == "test_error"
-    scale, form, unit = (100, ".3f", " points") if percent else (1, ".4g", "")
-    lower, higher = (np.multiply(values[arm], scale) for arm in (claim.lower, claim.higher))
-    found, theirs = statistics.paired(lower, higher), reported.effect(claim) if reported is not None else None
-    margin = NO_MARGIN if percent else NO_SHARE * abs(float(np.mean(higher)))
+    found, margin = _measured(claim, values)
+    theirs = reported.effect(claim) if reported is not None else None
     if theirs is not None:
         margin = abs(theirs.mean)
     compared = theirs if reported is not None and reported.comparable else None
     verdict = statistics.verdict(found, tests=tests, margin=margin, reported=compared)
+    opposite = " (the opposite is seen)" if tests * found.p_value() <= statistics.LEVEL and found.mean > 0 else ""
+    words = _paper(theirs, None if compared is None else found)
+    return f"{claim.words}: {verdict}{opposite}\n  {_evidence(claim, found, margin, tests)}{words}"
+
+
+def judge_no_difference(claim: Claim, values: Mapping[str, Sequence[float]], tests: int = 1) -> str:
+    """Whether the two arms of a claim do not differ, in words; arguments and lines as of `judge`."""
+    found, margin = _measured(claim, values)
+    verdict = statistics.verdict_of_no_difference(found, margin, tests=tests)
+    return f"{claim.words}: {verdict}\n  {_evidence(claim, found, margin, tests)}"
+
+
+def _measured(claim, values):
+    """The effect, and the margin that counts as none: test errors in points."""
+    percent = claim.metric == "test_error"
+    lower, higher = (np.multiply(values[arm], 100 if percent else 1) for arm in (claim.lower, claim.higher))
+    return statistics.paired(lower, higher), NO_MARGIN if percent else NO_SHARE * abs(float(np.mean(higher)))
+
+
+def _evidence(claim, found, margin, tests):
+    form, unit = (".3f", " points") if claim.metric == "test_error" else (".4g", "")
     of = f"{METRICS[claim.metric]} {claim.lower} - {claim.higher}: {found.mean:{form}}{unit}"
     if not np.isfinite(found.std_error):
-        return f"{claim.words}: {verdict}\n  {of}, no paired t-test{_paper(theirs, None)}"
+        return f"{of}, no paired t-test"
     p, none = (min(1.0, tests * p) for p in (found.p_value(), found.p_equivalence(margin)))
     smallest = found.smallest_found(statistics.LEVEL / tests)
-    opposite = " (the opposite is seen)" if p <= statistics.LEVEL and found.mean > 0 else ""
     return (
-        f"{claim.words}: {verdict}{opposite}\n"
-        f"  {of}, 95% interval {_interval(found, form)}, paired t-test p = {p:.3g}; within +-{margin:{form}}: "
-        f"p = {none:.3g}; found with a power of 80%: {smallest:{form}}"
-        f"{_paper(theirs, None if compared is None else found)}"
+        f"{of}, 95% interval {_interval(found, form)}, paired t-test p = {p:.3g}; within +-{margin:{form}}: "
+        f"p = {none:.3g}; 80% power to find {smallest:{form}}"
     )
 
 

@@ -105,6 +105,24 @@ def verdict(effect: Effect, *, tests: int = 1, margin: float = 0.0, reported: Ef
     return "holds in part" if none or smaller else "holds"
 
 
+def verdict_of_no_difference(effect: Effect, margin: float, *, tests: int = 1) -> str:
+    """What is to be said of the claim that there is no effect: within +- ``margin``, if there is one.
+
+    Args:
+      effect: what was measured.
+      margin: an effect within it counts as none.
+      tests: as for `verdict`.
+
+    Returns:
+      "holds": within the margin. "holds in part": within the margin, and yet sure to be there. "does not hold": there,
+      and not sure to be within it. "not decided": nothing is sure.
+    """
+    none, there = (tests * p <= LEVEL for p in (effect.p_equivalence(margin), effect.p_value()))
+    if none:
+        return "holds in part" if there else "holds"
+    return "does not hold" if there else "not decided"
+
+
 def _noncentrality(df, level, power):
     """The shift of t in units of the standard error at which the two-sided test has this power."""
     edge = scipy.stats.t.isf(level / 2, df)

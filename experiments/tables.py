@@ -128,6 +128,7 @@ def _seconds_of_final(config, model, dataset, params, batch_stats):
 COLUMNS = {
     "test error %": report.ERROR,
     "train acc. %": report.ACCURACY,
+    "train loss": report.TRAIN_LOSS,
     "gap %": report.GAP,
     "Tr Hess": report.TRACE,
     "lambda_max": report.LAMBDA_MAX,
@@ -163,6 +164,9 @@ def print_table(config: arms.Config, out_dir: pathlib.Path, claims: Sequence[Cla
 
 
 def _draw_densities(config, numbers, out_dir):
+    if not (out_dir / "spectra.npz").exists():
+        print("the spectra of this result were not kept, so its figure is not drawn again")
+        return
     spectra = store.load_arrays(out_dir / "spectra.npz")
     merged = {arms.ARMS[arm]: {"total": _merged(measure.unpack(spectra, arm).values())} for arm in numbers}
     words = f"Hessian at the end of training; {title(config, 'mean')}"

@@ -153,7 +153,14 @@ def test_the_figures_from_end_to_end(any_data, small_net, tmp_path, capsys, name
     numbers = json.loads((tmp_path / "out" / "numbers.json").read_text())
     assert np.shape(next(iter(numbers.values()))["test_error"]) == (2, 2)
     if name == "fig7":
-        assert np.shape(numbers["CE"]["trace/total"]) == (2, 3)
+        assert np.shape(numbers["CE"]["trace/total"]) == np.shape(numbers["CE"]["evaluated/train_accuracy"]) == (2, 3)
+        for name in numbers:  # one that was made before the accuracy was evaluated
+            del numbers[name]["evaluated/train_accuracy"]
+        (tmp_path / "out" / "numbers.json").write_text(json.dumps(numbers))
+        assert "during the epoch" not in capsys.readouterr().out
+        assert run.main([*words, "redraw=true"]) == 0 and "during the epoch" in capsys.readouterr().out
+    if name == "fig8":
+        assert "f_r = 2 does as well as f_r = 1: " in capsys.readouterr().out
 
 
 def test_the_search_for_strengths_from_end_to_end(any_data, small_net, tmp_path, capsys):
@@ -161,6 +168,7 @@ def test_the_search_for_strengths_from_end_to_end(any_data, small_net, tmp_path,
     assert run.main([*words, "gammas=1e-3,1e-1", "weight_decays=1e-3,1e-1", "radii=0.05"]) == 0
     printed = capsys.readouterr().out
     assert "HTR, as chosen, lowers the test error: " in printed and "SAM, as chosen" in printed
+    assert "SAM: 0.05 is an end of the grid" in printed  # of one strength
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     for method, points in numbers.items():
         assert len(points) == {"none": 1, "htr": 2, "l2": 2, "sam": 1}[method]
@@ -237,6 +245,21 @@ def test_a_claim_is_judged_beside_what_the_paper_reports():
     smaller = report.judge(claim, values, 1, paper._replace(comparable=False))
     assert "its own p" in smaller and "ours" not in smaller
     assert "the paper's" not in report.judge(claim._replace(metric="trace"), values, 1, paper)
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "verdict"),
+    [
+        ([0.1000, 0.1001, 0.1002], [0.1001, 0.1001, 0.1001], "holds"),
+        ([0.10, 0.11, 0.12], [0.20, 0.22, 0.21], "does not hold"),
+        ([0.10, 0.11, 0.12], [0.11, 0.10, 0.12], "not decided"),
+        ([0.10], [0.10], "not decided"),
+    ],
+)
+def test_that_arms_do_not_differ_is_judged_too(one, two, verdict):
+    claim = report.Claim("htr", "ce", "HTR changes nothing")
+    said = report.judge_no_difference(claim, {"htr": one, "ce": two})
+    assert said.startswith(f"HTR changes nothing: {verdict}\n  test error htr - ce: ")
 
 
 def test_any_net_and_data_set_has_settings(any_data, small_net, tmp_path, capsys):

@@ -106,6 +106,21 @@ def test_verdicts_of_known_cases(effect, options, expected):
     assert statistics.verdict(effect, **options) == expected and expected in statistics.VERDICTS
 
 
+@pytest.mark.parametrize(
+    ("effect", "margin", "expected"),
+    [
+        (Effect(0.01, 0.1, 4), 1.0, "holds"),
+        (Effect(-0.5, 0.1, 4), 1.0, "holds in part"),
+        (Effect(-1.0, 0.1, 4), 1.0, "does not hold"),
+        (Effect(0.01, 0.1, 4), 0.1, "not decided"),
+        (Effect(0.01, 0.1, 4), 0.25, "holds"),
+    ],
+)
+def test_verdicts_of_no_difference(effect, margin, expected):
+    assert statistics.verdict_of_no_difference(effect, margin) == expected
+    assert statistics.verdict_of_no_difference(Effect(0.01, 0.1, 4), 0.25, tests=2) == "not decided"
+
+
 def test_two_series_that_grow_are_not_correlated_for_that():
     """Of independent random walks, plain Spearman finds a relation in most pairs; their steps in one of twenty."""
     generator = np.random.default_rng(1)

@@ -14,7 +14,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from experiments import arms, data, tables
+from experiments import arms, data, report, store, tables
 from experiments.plan import Plan
 
 
@@ -48,3 +48,10 @@ def _settings(config: Config) -> dict[str, Mapping | None]:
 def draw(config: Config, out_dir: pathlib.Path) -> None:
     """Draws the figure from the saved numbers, and says what they show."""
     tables.draw_sweep(config, out_dir, "no HTR")
+    numbers = store.load_json(out_dir / "numbers.json")
+    errors = {name: [values[-1] for values in metrics["test_error"]] for name, metrics in numbers.items()}
+    first, *others = (f"f_r = {every}" for every in sorted(config.intervals))
+    print(f"against the shortest interval, p multiplied by the {len(others)} tests:")
+    for name in others:
+        claim = report.Claim(name, first, f"{name} does as well as {first}")
+        print(report.judge_no_difference(claim, errors, len(others)))

@@ -156,6 +156,10 @@ def draw(config: Config, out_dir: pathlib.Path) -> None:
         lines.append([METHODS.get(method, ("none",))[0], f"{point['strength']:g}", searched, *cells])
     print(f"the strengths with the lowest held-out error, and {config.trials} nets of new seeds of each:")
     report.print_columns(lines)
+    for method, points in numbers.items():
+        strengths = [point["strength"] for point in points]
+        if (best := shown[method]["strength"]) in (min(strengths), max(strengths)):
+            print(f"{METHODS[method][0]}: {best:g} is an end of the grid, beyond which the best may be")
     errors = {method: [record["test_error"] for record in point["tested"]] for method, point in shown.items()}
     print(f"on the test images, p multiplied by the {len(METHODS)} tests:")
     for method, (words, _) in METHODS.items():
