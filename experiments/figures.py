@@ -16,6 +16,7 @@ import jaxhess as jh
 from experiments import data, measure, models, plot, store
 from experiments.data import Dataset
 from experiments.models import objective
+from experiments.plan import Plan, Training
 from experiments.recipe import TrainConfig
 from experiments.train import Trained, train_once
 
@@ -93,6 +94,22 @@ def net(config: Config, name: str, dataset: Dataset, out_dir: pathlib.Path, **op
 def net_options(config: Scale) -> dict[str, float]:
     """The options of a net for `experiments.models.build`; none at full width, as in nets kept before there was one."""
     return {} if config.width == 1 else {"width": config.width}
+
+
+def plan(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> Plan:
+    """The trainings of a figure by data set, net and trial."""
+    datasets, names = ([part] if isinstance(part, str) else part for part in (config.dataset, config.model))
+    trainings, interval = {}, getattr(config, "interval", 1)
+    for dataset_name, dataset in {name: load(config, name, data_dir) for name in datasets}.items():
+        for name in names:
+            model = models.build(name, dataset.num_classes, **net_options(config))
+            for trial in range(getattr(config, "trials", 1)):
+                seeded = dataclasses.replace(config, seed=config.seed + trial)
+                callback = Curvature(seeded, model, dataset) if isinstance(config, OverTraining) else None
+                words = f"{about(config, name, dataset_name)}, seed {seeded.seed}"
+                training = Training(words, name, dataset, seeded, net_options(config), callback, interval)
+                trainings[dataset_name, name, trial] = training
+    return Plan(trainings, out_dir)
 
 
 def shown(config: Config, model: nn.Module, params: PyTree, batch: PyTree) -> list[str]:
@@ -185,20 +202,16 @@ class OverTraining(Config):
 def run_over_training(config: OverTraining, out_dir: pathlib.Path, data_dir: str | None) -> None:
     """Trains (or finds) every net on every data set, measuring on the way, and saves all records."""
     numbers: dict[str, dict[str, list]] = {}
-    for dataset_name, dataset in load_all(config, data_dir).items():
-        for name in config.model:
-            found = numbers.setdefault(about(config, name, dataset_name), {})
-            model = models.build(name, dataset.num_classes, **net_options(config))
-            for trial in range(config.trials):
-                seeded = dataclasses.replace(config, seed=config.seed + trial)
-                _, trained = net(seeded, name, dataset, out_dir, callback=Curvature(seeded, model, dataset))
-                due = np.isfinite(trained.records["trace/total"])
-                found["epochs"] = np.flatnonzero(due).tolist()
-                found.setdefault("gap", []).append(
-                    (trained.history["test_error"] - 1 + trained.history["train_accuracy"]).tolist()
-                )
-                for metric, values in trained.records.items():
-                    found.setdefault(metric, []).append(values[due].tolist())
+    todo = plan(config, out_dir, data_dir)
+    for dataset_name, name, trial in todo.trainings:
+        found = numbers.setdefault(about(config, name, dataset_name), {})
+        _, trained = todo.net((dataset_name, name, trial))
+        due = np.isfinite(trained.records["trace/total"])
+        found["epochs"] = np.flatnonzero(due).tolist()
+        gap = trained.history["test_error"] - 1 + trained.history["train_accuracy"]
+        found.setdefault("gap", []).append(gap.tolist())
+        for metric, values in trained.records.items():
+            found.setdefault(metric, []).append(values[due].tolist())
     store.save_json(out_dir / "numbers.json", numbers)
 
 

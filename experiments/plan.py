@@ -26,12 +26,13 @@ class Training(NamedTuple):
     """One training, and what it is called.
 
     Attributes:
-      words: what it is called, such as "CE, trial 0".
+      words: what it is called, and behind the last comma which trial, as in "CE, trial 0".
       name: of the net.
       dataset: what it is trained on.
       config: how.
       options: of the net.
       callback: as for `experiments.train.train`.
+      interval: epochs from one call of it that takes time to the next.
     """
 
     words: str
@@ -40,6 +41,7 @@ class Training(NamedTuple):
     config: TrainConfig
     options: Mapping[str, Any] = {}
     callback: Callable | None = None
+    interval: int = 1
 
     @property
     def steps_per_epoch(self) -> int:
@@ -168,8 +170,8 @@ class _Kind(NamedTuple):
         numbers = range(epochs_done * steps, config.epochs * steps)
         due = 0 if config.penalty is None else sum(config.penalty.due(number, config, steps) for number in numbers)
         epochs = config.epochs - epochs_done
-        each = self.evaluation + self.callback
-        return (len(numbers) - due) * self.plain + due * self.penalised + epochs * each + self.callback
+        measuring = (1 + -(-epochs // training.interval)) * self.callback
+        return (len(numbers) - due) * self.plain + due * self.penalised + epochs * self.evaluation + measuring
 
 
 def _kind_of(training):
@@ -230,11 +232,11 @@ def duration(seconds: float) -> str:
 
 
 def settings(trainings: Iterable[Training]) -> dict[str, dict[str, Any]]:
-    """{what it is called: its settings, without the seed}, for the file that says how a result was made."""
+    """{what it is called: its settings}, both without trial and seed, for the file that says how a result was made."""
     found = {}
     for training in trainings:
         values = {"model": training.name, **training.options, "images": len(training.dataset.train["label"])}
         values |= train.recipe.settings(training.config)
         values.pop("seed")
-        found[training.words] = values
+        found[training.words.rpartition(", ")[0]] = values
     return found

@@ -258,10 +258,7 @@ def _run(name, words):
     _check_names(config, options.data_dir or None)
     folder = folders.place(options.out, _title(name, config), options.keep)
     if options.dry_run:
-        if not hasattr(module, "plan"):
-            planned = [other for other in _modules() if hasattr(load(other), "plan")]
-            raise ValueError(f"{name} has no dry run; these have one: {planned}")
-        module.plan(config, folder, options.data_dir or None).show()
+        _plan(module, name)(config, folder, options.data_dir or None).show()
         return
     settings, defaults = ({"experiment": name} | folders.plain(values) for values in (config, module.Config()))
     if options.keep and not options.redraw and not options.overwrite:
@@ -276,6 +273,17 @@ def _run(name, words):
             if options.keep:
                 folders.keep(folder, defaults, options.overwrite)
     print(f"results in {folders.kept(folder) if options.keep else folder}")
+
+
+def _plan(module, name):
+    """What makes the plan of an experiment: its own, or that of the figures."""
+    from experiments import figures
+
+    if hasattr(module, "plan"):
+        return module.plan
+    if not issubclass(module.Config, figures.Config):
+        raise ValueError(f"{name} trains nothing whose time a dry run could tell")
+    return figures.plan
 
 
 def _check_names(config, data_dir):

@@ -269,8 +269,8 @@ def test_any_net_and_data_set_has_settings(any_data, small_net, tmp_path, capsys
     assert "digits (200 images), 2 epochs, settings of the released scripts for VGG11" in printed
     assert "learning rate 0.03, gamma 0.5" in printed and "paper's:" not in printed
     trained = json.loads((tmp_path / "out" / "config.json").read_text())["trained"]
-    assert trained["CE + HTR, trial 1"]["penalty"]["gamma"] == 0.5 and trained["CE, trial 0"]["learning_rate"] == 0.03
-    assert trained["CE, trial 0"]["images"] == 200 and trained["CE, trial 0"]["batch_size"] == 64
+    assert trained["CE + HTR"]["penalty"]["gamma"] == 0.5 and trained["CE"]["learning_rate"] == 0.03
+    assert trained["CE"]["images"] == 200 and trained["CE"]["batch_size"] == 64 and len(trained) == 2
     assert run.main(["table1", *words, "redraw=true"]) == 0
     assert "digits (200 images)" in capsys.readouterr().out
 
@@ -329,9 +329,33 @@ def test_a_dry_run_of_an_interrupted_table_counts_from_its_checkpoint(any_data, 
     assert "CE + HTR, trial 0: to train, from epoch 2 of 3 on" in printed and "CE, trial 0: to train, 3 ep" in printed
 
 
-def test_experiments_without_a_dry_run_say_so(tmp_path, capsys):
+def test_experiments_without_trainings_say_so(tmp_path, capsys):
     assert run.main(["bench", f"out={tmp_path}", "dry_run=true"]) == 2
-    assert "bench has no dry run; these have one: ['fig14', " in capsys.readouterr().err
+    assert "bench trains nothing whose time a dry run could tell" in capsys.readouterr().err
+
+
+def test_figures_have_a_dry_run_too(any_data, small_net, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "train", lambda *args, **options: pytest.fail("trained"))
+    words = [f"out={tmp_path / 'out'}", "dry_run=true", "examples=100", "batch_size=50", "epochs=1", *TINY]
+    assert run.main(["fig13", "model=lenet,mlp", "dataset=digits", "trials=2", *words]) == 0
+    printed = capsys.readouterr().out
+    assert "MLP on digits (100 images), seed 1: to train, 1 epochs of 2 steps" in printed
+    assert printed.count("to train, ") == 4 and "4 of 4 trainings to do: about " in printed
+    assert run.main(["fig1", "model=lenet", "dataset=mnist", *words]) == 0
+    assert "1 of 1 trainings to do" in capsys.readouterr().out
+
+
+def test_every_figure_and_table_of_the_paper_has_a_name():
+    assert {*(f"fig{i}" for i in range(1, 15)), *(f"table{i}" for i in range(1, 5))} <= set(run.experiments())
+    for name, model, dataset in [
+        ("fig9", "resnet18", "cifar10"),
+        ("fig10", "densenet", "cifar10"),
+        ("fig11", "densenet", "cifar10"),
+        ("fig12", ("lenet",), ("mnist", "fashion_mnist")),
+        ("fig13", ("resnet18",), ("cifar10",)),
+    ]:
+        config = run.load(name).Config()
+        assert (config.model, config.dataset) == (model, dataset)
 
 
 def test_durations_are_in_words():
