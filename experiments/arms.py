@@ -8,9 +8,10 @@ from typing import Literal
 
 import flax.linen as nn
 
-from experiments import data, models, names
+from experiments import figures, models, names
 from experiments.data import Dataset
 from experiments.recipe import Penalty, TrainConfig
+from experiments.report import Reported
 
 ARMS = {
     "ce": "CE",
@@ -73,20 +74,23 @@ ROWS = {
     ("resnet18", "cifar10"): Row(1e-2, 64, 40, (20, 30), 1e-6, 3, 10, 1e-5, paper=_RESNET),
     ("vgg11_bn", "cifar100"): Row(1e-2, 64, 60, (20, 35), 1e-6, 5, 0, 1e-7, 10, paper=_CIFAR100),
 }
+OTHER = dataclasses.replace(_VGG11, paper={})  # of a net and a data set that the paper does not have
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(figures.Scale, figures.Subject):
     """Which net on which data set, how often, and how it is measured at the end.
 
+    A net and a data set without a row in the paper have the settings of VGG11 on CIFAR-10.
+
     Attributes:
-      model: name of the net.
-      dataset: name of the data set.
       preset: "released", the settings of the released scripts; or "paper": batch 64, learning rate 1e-2, no
         augmentation, Gaussian probes, and the released settings where the text is silent (epochs, milestones, gamma,
         n, first epoch).
       trials: trainings of each arm, with the seeds 0, 1, ..., the same in every arm.
       epochs: length of a training; milestones and first epoch of the penalty change in proportion. 0 for the preset's.
+      learning_rate: of the first steps; 0 for the preset's.
+      gamma: coefficient of the penalty, on the middle layers too; 0 for the preset's.
       curvature: curvature that is penalised, "hessian" as in the paper, or "ggn".
       every: steps from one penalty to the next (f_r in the paper).
       weight_decay: coefficient of L2 in the arms that have it.
@@ -95,11 +99,11 @@ class Config:
       num_steps: Lanczos steps of the spectrum.
     """
 
-    model: models.Name = "lenet"
-    dataset: data.Name = "mnist"
     preset: Preset = "released"
     trials: int = 5
     epochs: int = 0
+    learning_rate: float = 0.0
+    gamma: float = 0.0
     curvature: Literal["hessian", "ggn"] = "hessian"
     every: int = 50
     weight_decay: float = 1e-3
@@ -113,16 +117,40 @@ class Config:
             raise ValueError(f"trials must be at least 1, got {self.trials}")
         if self.epochs < 0:
             raise ValueError(f"epochs must be at least 1, or 0 for the preset's, got {self.epochs}")
+        for name in ("learning_rate", "gamma"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be positive, or 0 for the preset's, got {getattr(self, name)}")
 
 
 def row(model: str, dataset: str) -> Row:
-    """The settings of a net on a data set; ValueError that lists the rows if there are none."""
-    if (model, dataset) not in ROWS:
-        raise ValueError(
-            f"the paper has no row model={model!r} dataset={dataset!r}; choose from "
-            f"{[' '.join(names) for names in ROWS]}"
-        )
-    return ROWS[model, dataset]
+    """The settings of a net on a data set: of the paper's row, or `OTHER` if there is none."""
+    return ROWS.get((model, dataset), OTHER)
+
+
+def _row(config):
+    """Other labels of a data set are another row."""
+    return row(config.model, config.dataset if config.label == "label" else f"{config.dataset}:{config.label}")
+
+
+def reported(config: Config) -> Reported:
+    """What the paper reports of a row, with no arms where it has none; its text says that it ran 5 trials of each."""
+    return Reported(_row(config).paper, 5, comparable=config.width == 1 and not config.examples)
+
+
+def length(config: Config) -> int:
+    """Epochs of a training."""
+    return config.epochs or _row(config).epochs
+
+
+def about(config: Config) -> str:
+    """The net, its data, and how it is trained, in words."""
+    words = SETTINGS[config.preset]
+    if (config.model, config.dataset) not in ROWS or config.label != "label":
+        words = f"{words} for VGG11, as the paper has no such row"
+    for name in ("learning_rate", "gamma"):
+        if value := getattr(config, name):
+            words += f", {name.replace('_', ' ')} {value:g}"
+    return f"{figures.about(config, config.model, config.dataset)}, {length(config)} epochs, {words}"
 
 
 def training(config: Config, arm: str, trial: int, **changes) -> TrainConfig:
@@ -138,11 +166,12 @@ def training(config: Config, arm: str, trial: int, **changes) -> TrainConfig:
       `TrainConfig`.
     """
     names.check("arm", arm, ARMS)
-    settings, released, penalty = row(config.model, config.dataset), config.preset == "released", None
+    settings, released, penalty = _row(config), config.preset == "released", None
     if arm in ("htr", "htr_middle", "htr_l2"):
         middle = arm == "htr_middle"
+        gamma = settings.gamma_middle if middle and settings.gamma_middle is not None else settings.gamma
         penalty = Penalty(
-            gamma=settings.gamma_middle if middle and settings.gamma_middle is not None else settings.gamma,
+            gamma=config.gamma or gamma,
             every=config.every,
             start_epoch=settings.start / settings.epochs,
             layers="middle" if middle else "all",
@@ -152,9 +181,9 @@ def training(config: Config, arm: str, trial: int, **changes) -> TrainConfig:
         )
         penalty = dataclasses.replace(penalty, **changes)
     return TrainConfig(
-        epochs=config.epochs or settings.epochs,
+        epochs=length(config),
         batch_size=settings.batch_size if released else 64,
-        learning_rate=settings.learning_rate if released else 1e-2,
+        learning_rate=config.learning_rate or (settings.learning_rate if released else 1e-2),
         milestones=tuple(epoch / settings.epochs for epoch in settings.milestones),
         weight_decay=config.weight_decay if arm in ("htr_l2", "l2") else 0.0,
         augment=released,
@@ -164,10 +193,14 @@ def training(config: Config, arm: str, trial: int, **changes) -> TrainConfig:
 
 
 def load(config: Config, data_dir: str | None) -> Dataset:
-    """The data set of a row, once its settings and its net are known to be there."""
-    row(config.model, config.dataset)
-    models.build(config.model, 10)
-    return data.load(config.dataset, data_dir)
+    """The data set of a row, or as much of it as is trained on, once the net is known to be there."""
+    models.build(config.model, 10, **figures.net_options(config))
+    return figures.load(config, config.dataset, data_dir)
+
+
+def build(config: Config, dataset: Dataset) -> nn.Module:
+    """The net of a row."""
+    return models.build(config.model, dataset.num_classes, **figures.net_options(config))
 
 
 def check(model: nn.Module, trainings: Iterable[TrainConfig]) -> None:

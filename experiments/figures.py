@@ -16,6 +16,7 @@ import jaxhess as jh
 from experiments import data, measure, models, plot, store
 from experiments.data import Dataset
 from experiments.models import objective
+from experiments.plan import Plan, Training
 from experiments.recipe import TrainConfig
 from experiments.train import Trained, train_once
 
@@ -36,14 +37,26 @@ class Subject:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(TrainConfig, Subject):
+class Scale:
+    """How much of a net and of a data set is trained: what the tables share with the figures.
+
+    Attributes:
+      label: feature of the data set that holds the labels, such as coarse_label.
+      width: factor on all numbers of channels, for nets that have this option.
+      examples: number of training images, the same for each class; 0 for all of them.
+    """
+
+    label: str = "label"
+    width: float = 1.0
+    examples: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(TrainConfig, Scale, Subject):
     """How to train, on what, and how the curvature is measured.
 
     Attributes:
       epochs: passes over the training images.
-      label: feature of the data set that holds the labels, such as coarse_label.
-      width: factor on all numbers of channels, for nets that have this option.
-      examples: number of training images, the same for each class; 0 for all of them.
       images_per_class: training images of each class at which the curvature is measured.
       norm_layers: whether normalisation layers are shown too. The paper shows convolutions and dense layers.
       method: how the Hessian's spectra are found: "lanczos", or "auto": exactly, through the Gram matrix, for layers
@@ -51,9 +64,6 @@ class Config(TrainConfig, Subject):
     """
 
     epochs: int = 10
-    label: str = "label"
-    width: float = 1.0
-    examples: int = 0
     images_per_class: int = 10
     norm_layers: bool = False
     method: Literal["lanczos", "auto"] = "auto"
@@ -64,7 +74,7 @@ def load_all(config: OverTraining, data_dir: str | None) -> dict[str, Dataset]:
     return {name: load(config, name, data_dir) for name in config.dataset}
 
 
-def load(config: Config, name: str, data_dir: str | None) -> Dataset:
+def load(config: Scale, name: str, data_dir: str | None) -> Dataset:
     """A data set, or as much of it as is trained on; "cifar100:coarse_label" names the labels too."""
     name, _, label = name.partition(":")
     dataset = data.load(name, data_dir, label=label or config.label)
@@ -78,11 +88,28 @@ def load(config: Config, name: str, data_dir: str | None) -> Dataset:
 
 def net(config: Config, name: str, dataset: Dataset, out_dir: pathlib.Path, **options) -> tuple[nn.Module, Trained]:
     """A net, trained or found; ``options`` as for `experiments.train.train_once`."""
-    return train_once(name, dataset, config, out_dir, options=_options(config), **options)
+    return train_once(name, dataset, config, out_dir, options=net_options(config), **options)
 
 
-def _options(config):
+def net_options(config: Scale) -> dict[str, float]:
+    """The options of a net for `experiments.models.build`; none at full width, as in nets kept before there was one."""
     return {} if config.width == 1 else {"width": config.width}
+
+
+def plan(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> Plan:
+    """The trainings of a figure by data set, net and trial."""
+    datasets, names = ([part] if isinstance(part, str) else part for part in (config.dataset, config.model))
+    trainings, interval = {}, getattr(config, "interval", 1)
+    for dataset_name, dataset in {name: load(config, name, data_dir) for name in datasets}.items():
+        for name in names:
+            model = models.build(name, dataset.num_classes, **net_options(config))
+            for trial in range(getattr(config, "trials", 1)):
+                seeded = dataclasses.replace(config, seed=config.seed + trial)
+                callback = Curvature(seeded, model, dataset) if isinstance(config, OverTraining) else None
+                words = f"{about(config, name, dataset_name)}, seed {seeded.seed}"
+                training = Training(words, name, dataset, seeded, net_options(config), callback, interval)
+                trainings[dataset_name, name, trial] = training
+    return Plan(trainings, out_dir)
 
 
 def shown(config: Config, model: nn.Module, params: PyTree, batch: PyTree) -> list[str]:
@@ -93,7 +120,7 @@ def shown(config: Config, model: nn.Module, params: PyTree, batch: PyTree) -> li
     return [name for name in names if any(x.ndim > 1 for x in jax.tree.leaves(jh.subtree(params, name)))]
 
 
-def about(config: Config, model: str, dataset: str) -> str:
+def about(config: Scale, model: str, dataset: str) -> str:
     """The net and its data in words, with what was made smaller than the paper's."""
     net_words = plot.label(model) + (f" (width {config.width:g})" if config.width != 1 else "")
     name, _, label = dataset.partition(":")
@@ -175,20 +202,16 @@ class OverTraining(Config):
 def run_over_training(config: OverTraining, out_dir: pathlib.Path, data_dir: str | None) -> None:
     """Trains (or finds) every net on every data set, measuring on the way, and saves all records."""
     numbers: dict[str, dict[str, list]] = {}
-    for dataset_name, dataset in load_all(config, data_dir).items():
-        for name in config.model:
-            found = numbers.setdefault(about(config, name, dataset_name), {})
-            model = models.build(name, dataset.num_classes, **_options(config))
-            for trial in range(config.trials):
-                seeded = dataclasses.replace(config, seed=config.seed + trial)
-                _, trained = net(seeded, name, dataset, out_dir, callback=Curvature(seeded, model, dataset))
-                due = np.isfinite(trained.records["trace/total"])
-                found["epochs"] = np.flatnonzero(due).tolist()
-                found.setdefault("gap", []).append(
-                    (trained.history["test_error"] - 1 + trained.history["train_accuracy"]).tolist()
-                )
-                for metric, values in trained.records.items():
-                    found.setdefault(metric, []).append(values[due].tolist())
+    todo = plan(config, out_dir, data_dir)
+    for dataset_name, name, trial in todo.trainings:
+        found = numbers.setdefault(about(config, name, dataset_name), {})
+        _, trained = todo.net((dataset_name, name, trial))
+        due = np.isfinite(trained.records["trace/total"])
+        found["epochs"] = np.flatnonzero(due).tolist()
+        gap = trained.history["test_error"] - 1 + trained.history["train_accuracy"]
+        found.setdefault("gap", []).append(gap.tolist())
+        for metric, values in trained.records.items():
+            found.setdefault(metric, []).append(values[due].tolist())
     store.save_json(out_dir / "numbers.json", numbers)
 
 

@@ -96,7 +96,7 @@ def _lock(marker, path):
 
 
 def compute(
-    call: Callable[[], None],
+    call: Callable[[], Mapping[str, Any] | None],
     folder: pathlib.Path,
     marker: IO[str],
     settings: Settings,
@@ -106,7 +106,7 @@ def compute(
     """Fills a folder with a result, unless it holds just this one.
 
     Args:
-      call: computes, and writes the numbers.
+      call: computes, and writes the numbers; what it returns, if anything, is kept with the settings.
       folder: where they go.
       marker: its ``running.json``, from `locked`.
       settings: plain values that say what is computed.
@@ -132,7 +132,7 @@ def compute(
     interrupts.say = lambda: _interrupted(folder, {} if resumed else before)
     start, made = time.monotonic(), made_with()
     try:
-        call()
+        found = call() or {}
     except ValueError:
         if not resumed and _files(folder) == before:  # nothing computed: the corrected command may take the folder
             _rewrite(marker, "")
@@ -143,7 +143,7 @@ def compute(
         (folder / name).unlink(missing_ok=True)
     # The wall time of a run that went on is that of its last part.
     made |= {"wall_seconds": round(time.monotonic() - start, 1), "resumed": resumed, "files": written, "seed": 0}
-    store.save_json(folder / CONFIG, {"experiment": settings["experiment"]} | made | dict(settings))
+    store.save_json(folder / CONFIG, {"experiment": settings["experiment"]} | made | dict(settings) | found)
     _rewrite(marker, "")
 
 

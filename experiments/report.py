@@ -1,4 +1,4 @@
-"""What numbers say, in words and tables: spreads, claims and their tests, rank correlations, times.
+"""What numbers say, in words and tables: spreads, claims and their verdicts, rank correlations, times.
 
 Imports NumPy and SciPy only, so that the benchmark's other process, which has no JAX, reads its clock here too.
 """
@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.stats
+
+from experiments import statistics
+from experiments.statistics import Effect
 
 METRICS = {"test_error": "test error", "trace": "trace"}
 
@@ -55,6 +58,7 @@ ERROR, ACCURACY, GAP = (
     Column("train_accuracy", 100, ".2f"),
     Column("gap", 100, ".2f"),
 )
+TRAIN_LOSS = Column("train_loss", 1, ".3g")
 TRACE, NEGATIVE = Column("trace", 1, ".4g"), Column("negative_trace", 1, ".3g")
 LAMBDA_MAX, LAMBDA_MIN = Column("lambda_max", 1, ".4g"), Column("lambda_min", 1, ".3g")
 
@@ -65,45 +69,115 @@ def spread(values: Sequence[float], form: str) -> str:
     return f"{mean} +- {format(np.std(values, ddof=1), form)}" if len(values) > 1 else mean
 
 
-def paired_p(one: Sequence[float], two: Sequence[float]) -> float:
-    """The p-value of the paired t-test; NaN for a single pair, or differences that vary by rounding alone."""
-    differences = np.subtract(one, two)
-    # Errors are kept in float32: equal counts of wrong answers differ in the eighth digit, and the test would see that.
-    if len(one) < 2 or not np.ptp(differences) > 1e-6 * np.abs([one, two]).max():
-        return float("nan")
-    return float(scipy.stats.ttest_rel(one, two).pvalue)
+class Reported(NamedTuple):
+    """What the paper reports of the arms of a row.
+
+    Attributes:
+      errors: {arm: (mean, standard deviation)} of the test error in %.
+      trials: of each arm.
+      comparable: whether the same net was trained on the same images here, so that the differences can be compared.
+    """
+
+    errors: Mapping[str, tuple[float, float]]
+    trials: int
+    comparable: bool = True
+
+    def effect(self, claim: Claim) -> Effect | None:
+        """The difference of a claim; None if the paper does not report it."""
+        if claim.metric != "test_error" or not {claim.lower, claim.higher} <= set(self.errors):
+            return None
+        return statistics.unpaired(self.errors[claim.lower], self.errors[claim.higher], self.trials)
 
 
-def judge(claim: Claim, values: Mapping[str, Sequence[float]], tests: int = 1) -> str:
-    """Whether a claim is seen, in words.
+NO_MARGIN = 0.1  # points of test error that count as none, where the paper has no difference
+NO_SHARE = 0.05  # share of a trace that counts as none
+
+
+def judge(claim: Claim, values: Mapping[str, Sequence[float]], tests: int = 1, reported: Reported | None = None) -> str:
+    """Whether a claim holds, in words.
 
     Args:
       claim: what is claimed.
       values: {arm: one value for each trial}, the same seeds in all.
       tests: how many such claims are looked at, by which p is multiplied (Bonferroni).
+      reported: what the paper reports.
 
     Returns:
-      A line with the mean difference, its standard deviation and p.
+      The verdict of `experiments.statistics.verdict`, and lines with what it follows from: the mean difference with its
+      95% interval and p; whether it is within a margin that counts as none, which is the difference that the paper
+      reports, or else 0.1 points or 5% of a trace; the difference that would be found with a power of 80%; and the
+      paper's difference with its own p, and beside this one.
     """
-    lower, higher = values[claim.lower], values[claim.higher]
-    p = float(np.minimum(1.0, tests * paired_p(lower, higher)))  # NaN stays NaN
-    if not p <= 0.05:
-        verdict = "not decided at this size"
-    else:
-        verdict = "seen" if np.mean(lower) < np.mean(higher) else "the opposite is seen"
+    found, margin = _measured(claim, values)
+    theirs = reported.effect(claim) if reported is not None else None
+    if theirs is not None:
+        margin = abs(theirs.mean)
+    compared = theirs if reported is not None and reported.comparable else None
+    verdict = statistics.verdict(found, tests=tests, margin=margin, reported=compared)
+    opposite = " (the opposite is seen)" if tests * found.p_value() <= statistics.LEVEL and found.mean > 0 else ""
+    words = _paper(theirs, None if compared is None else found)
+    return f"{claim.words}: {verdict}{opposite}\n  {_evidence(claim, found, margin, tests)}{words}"
+
+
+def judge_no_difference(claim: Claim, values: Mapping[str, Sequence[float]], tests: int = 1) -> str:
+    """Whether the two arms of a claim do not differ, in words; arguments and lines as of `judge`."""
+    found, margin = _measured(claim, values)
+    verdict = statistics.verdict_of_no_difference(found, margin, tests=tests)
+    return f"{claim.words}: {verdict}\n  {_evidence(claim, found, margin, tests)}"
+
+
+def _measured(claim, values):
+    """The effect, and the margin that counts as none: test errors in points."""
     percent = claim.metric == "test_error"
-    difference = spread(np.subtract(lower, higher) * (100 if percent else 1), ".3f" if percent else ".4g")
-    of = f"{METRICS[claim.metric]} {claim.lower} - {claim.higher}"
-    test = "no paired t-test" if np.isnan(p) else f"paired t-test p = {p:.3g}"
-    return f"{claim.words}: {verdict} ({of}: {difference}{' points' if percent else ''}, {test})"
+    lower, higher = (np.multiply(values[arm], 100 if percent else 1) for arm in (claim.lower, claim.higher))
+    return statistics.paired(lower, higher), NO_MARGIN if percent else NO_SHARE * abs(float(np.mean(higher)))
+
+
+def _evidence(claim, found, margin, tests):
+    form, unit = (".3f", " points") if claim.metric == "test_error" else (".4g", "")
+    of = f"{METRICS[claim.metric]} {claim.lower} - {claim.higher}: {found.mean:{form}}{unit}"
+    if not np.isfinite(found.std_error):
+        return f"{of}, no paired t-test"
+    p, none = (min(1.0, tests * p) for p in (found.p_value(), found.p_equivalence(margin)))
+    smallest = found.smallest_found(statistics.LEVEL / tests)
+    return (
+        f"{of}, 95% interval {_interval(found, form)}, paired t-test p = {p:.3g}; within +-{margin:{form}}: "
+        f"p = {none:.3g}; 80% power to find {smallest:{form}}"
+    )
+
+
+def _paper(theirs, found):
+    """The line on the paper's difference, and on how far the one found is from it."""
+    if theirs is None:
+        return ""
+    words = f"\n  the paper's: {theirs.mean:.2f} points, {_interval(theirs, '.2f')}, its own p = {theirs.p_value():.2g}"
+    if found is None:
+        return words
+    apart = statistics.difference(found, theirs)
+    return f"{words}; ours - the paper's: {apart.mean:.2f}, {_interval(apart, '.2f')}, p = {apart.p_value():.2g}"
+
+
+def _interval(effect, form):
+    low, high = effect.interval()
+    return f"{low:{form}} to {high:{form}}"
 
 
 def rank_correlation(traces: Sequence[float], gaps: Sequence[float], where: str) -> str:
     """How far the trace goes with the generalisation gap, in words: Spearman's rank correlation."""
     found = scipy.stats.spearmanr(traces, gaps)
-    # The p-value is asymptotic: of three epochs in a row it would be zero.
+    # The p-value is asymptotic: of three values in a row it would be zero.
     p_value = f" (p = {found.pvalue:.2g})" if len(traces) >= 10 else ""
     return f"rank correlation of trace and generalisation gap {where} {found.statistic:.2f}{p_value}"
+
+
+def rank_correlation_of_series(traces: Sequence[float], gaps: Sequence[float]) -> str:
+    """The same over epochs, which depend on each other: of the levels without p, of the steps with one."""
+    levels = statistics.rank_correlation(traces, gaps)
+    steps, p = statistics.rank_correlation_of_steps(traces, gaps)
+    return (
+        f"rank correlation of trace and generalisation gap over {len(gaps)} epochs {levels:.2f}, of their changes from "
+        f"epoch to epoch {steps:.2f} (p = {p:.2g})"
+    )
 
 
 # ---- time ----

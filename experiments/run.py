@@ -8,8 +8,8 @@
     eval "$(python -m experiments.run --completion bash)"      defines a command "experiments" that completes
 
 Further keys, for every experiment: ``data_dir`` (where data sets are), ``out`` (where results go, by default
-runs/EXPERIMENT-MODEL-DATASET), ``redraw``, ``keep``, ``overwrite`` (replaces a result that is there), and ``debug``
-(shows where an error came from).
+runs/EXPERIMENT-MODEL-DATASET), ``dry_run`` (says what would be trained, and for about how long), ``redraw``, ``keep``,
+``overwrite`` (replaces a result that is there), and ``debug`` (shows where an error came from).
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class Options:
       out: folder of the results; by default in runs/, named after the experiment.
       data_dir: folder of the data sets; by default the environment variable JAXHESS_DATA_DIR, then that of TensorFlow
         Datasets.
+      dry_run: print what would be trained, what is there already, and about how long the rest takes; compute nothing.
       redraw: draw from the saved numbers, of results/ where there are no others; compute nothing.
       keep: copy the result to results/ at the end: settings, numbers and figure, for the repository.
       overwrite: replace a result in the folder; nets that were trained in the same way are taken again.
@@ -55,6 +56,7 @@ class Options:
 
     out: str = ""
     data_dir: str = ""
+    dry_run: bool = False
     redraw: bool = False
     keep: bool = False
     overwrite: bool = False
@@ -255,6 +257,9 @@ def _run(name, words):
     config, options = parse(words, module.Config, Options, program=f"{PROGRAM} {name}")
     _check_names(config, options.data_dir or None)
     folder = folders.place(options.out, _title(name, config), options.keep)
+    if options.dry_run:
+        _plan(module, name)(config, folder, options.data_dir or None).show()
+        return
     settings, defaults = ({"experiment": name} | folders.plain(values) for values in (config, module.Config()))
     if options.keep and not options.redraw and not options.overwrite:
         folders.check(folders.kept(folder), settings, defaults)
@@ -268,6 +273,17 @@ def _run(name, words):
             if options.keep:
                 folders.keep(folder, defaults, options.overwrite)
     print(f"results in {folders.kept(folder) if options.keep else folder}")
+
+
+def _plan(module, name):
+    """What makes the plan of an experiment: its own, or that of the figures."""
+    from experiments import figures
+
+    if hasattr(module, "plan"):
+        return module.plan
+    if not issubclass(module.Config, figures.Config):
+        raise ValueError(f"{name} trains nothing whose time a dry run could tell")
+    return figures.plan
 
 
 def _check_names(config, data_dir):

@@ -73,6 +73,7 @@ def train(
     callback: Callable[[int, PyTree, PyTree], Mapping[str, float] | None] | None = None,
     checkpoint_dir: pathlib.Path | None = None,
     progress: bool = True,
+    left: Callable[[int], str] | None = None,
 ) -> Trained:
     """Trains a net.
 
@@ -91,6 +92,7 @@ def train(
         before: a run that was killed ends with bitwise the same numbers as one that was not. The callback is called
         again for an epoch that was not kept.
       progress: whether to show a progress bar.
+      left: ``left(steps done)`` in words, for the bar: how long all trainings take that this one is one of.
 
     Returns:
       `Trained`, with the history of "train_loss", "train_accuracy", "test_loss" and "test_error" (shares of 1); with
@@ -132,7 +134,8 @@ def train(
             loss, error = _evaluate(model, state.params, state.batch_stats, test)
             state = _end_epoch(state, epoch, steps * config.batch_size, loss, error)
             record = {name: float(values[epoch]) for name, values in state.history.items()}
-            bar.set_postfix({name: f"{value:.4g}" for name, value in record.items()})
+            words = {name: f"{value:.4g}" for name, value in record.items()}
+            bar.set_postfix(words | ({"all": left((epoch + 1) * steps)} if left is not None else {}))
             if not np.isfinite(record["train_loss"]):
                 raise DivergedError(
                     f"the training loss is {record['train_loss']} in epoch {epoch + 1}; lower "
@@ -156,6 +159,11 @@ class Stepper:
         self._state, self._done = init_state(model, tx, config, dataset), 0
         self._order = jax.random.permutation(self._state.key, len(dataset.train["label"]))
 
+    @property
+    def state(self) -> TrainState:
+        """The state after the last step; the next one overwrites it."""
+        return self._state
+
     def advance(self, steps: int) -> PyTree:
         """Goes on by so many steps, and returns the parameters."""
         for _ in range(steps):
@@ -173,6 +181,7 @@ def train_once(
     options: Mapping[str, Any] | None = None,
     callback: Callable | None = None,
     progress: bool = True,
+    left: Callable[[int], str] | None = None,
 ) -> tuple[nn.Module, Trained]:
     """Trains a net and keeps it, or takes one that was trained in just the same way before.
 
@@ -188,6 +197,7 @@ def train_once(
       options: of the net, such as its width; part of the settings where there are any.
       callback: as for `train`; its ``repr`` is one of the settings, so a dataclass that shows all that matters.
       progress: whether to show a progress bar.
+      left: as for `train`.
 
     Returns:
       The net, and `Trained`.
@@ -205,15 +215,23 @@ def train_once(
         # What is empty is not in the file, and names of records may hold a slash, such as "trace/conv1".
         tree["records"] = flatten_dict(tree.get("records", {}), sep="/")
         return model, Trained(**{"batch_stats": {}} | {part: tree[part] for part in Trained._fields if part in tree})
-    trained = train(model, dataset, config, callback=callback, checkpoint_dir=folder, progress=progress)
+    trained = train(model, dataset, config, callback=callback, checkpoint_dir=folder, progress=progress, left=left)
     store.save_tree(path, trained._asdict() | {"recipe": settings})
     store.remove_checkpoints(folder)
     return model, trained
 
 
-def net_path(name: str, dataset: Dataset, config: TrainConfig, out_dir: pathlib.Path) -> pathlib.Path:
-    """The file in which `train_once` keeps a net that has neither options nor a callback."""
-    return store.net_path(out_dir, name, dataset.name, recipe.written(name, dataset, config))
+def net_path(
+    name: str,
+    dataset: Dataset,
+    config: TrainConfig,
+    out_dir: pathlib.Path,
+    *,
+    options: Mapping[str, Any] | None = None,
+    callback: Callable | None = None,
+) -> pathlib.Path:
+    """The file in which `train_once` keeps a net; arguments as there."""
+    return store.net_path(out_dir, name, dataset.name, recipe.written(name, dataset, config, callback, options))
 
 
 def init_state(model: nn.Module, tx: optax.GradientTransformation, config: TrainConfig, dataset: Dataset) -> TrainState:

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 from experiments import arms, data, tables
+from experiments.plan import Plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +31,18 @@ class Config(arms.Config):
     gammas: tuple[float, ...] = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 
-def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> None:
-    """Trains (or finds) the nets and saves the numbers."""
-    settings = {"no HTR": None} | {f"gamma = {gamma:g}": {"gamma": gamma} for gamma in config.gammas}
-    tables.run_sweep(config, settings, out_dir, data_dir)
+def plan(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> Plan:
+    """The trainings of all settings."""
+    return tables.plan_sweep(config, _settings(config), out_dir, data_dir)
+
+
+def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> dict[str, Any]:
+    """Trains (or finds) the nets and saves the numbers; returns how they were trained."""
+    return tables.run_sweep(config, _settings(config), out_dir, data_dir)
+
+
+def _settings(config: Config) -> dict[str, Mapping | None]:
+    return {"no HTR": None} | {f"gamma = {gamma:g}": {"gamma": gamma} for gamma in config.gammas}
 
 
 def draw(config: Config, out_dir: pathlib.Path) -> None:

@@ -11,10 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import numpy as np
 
 from experiments import arms, data, plot, report, store, tables
+from experiments.plan import Plan
+
+SETTINGS = {"CE": None, "CE + HTR": {}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +29,14 @@ class Config(arms.Config):
     trials: int = 3
 
 
-def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> None:
-    """Trains (or finds) the nets, measuring after each epoch, and saves the numbers."""
-    tables.run_sweep(config, {"CE": None, "CE + HTR": {}}, out_dir, data_dir, traces=True)
+def plan(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> Plan:
+    """The trainings of all settings."""
+    return tables.plan_sweep(config, SETTINGS, out_dir, data_dir, traces=True)
+
+
+def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> dict[str, Any]:
+    """Trains (or finds) the nets, measuring after each epoch, and saves the numbers; returns how they were trained."""
+    return tables.run_sweep(config, SETTINGS, out_dir, data_dir, traces=True)
 
 
 def draw(config: Config, out_dir: pathlib.Path) -> None:
@@ -43,9 +52,13 @@ def draw(config: Config, out_dir: pathlib.Path) -> None:
         accuracy = report.percent([trial[-1] for trial in numbers[name]["train_accuracy"]])
         print(f"{name}: training accuracy {accuracy} %, sum of traces {report.spread(values, '.4g')}")
     for name, metrics in numbers.items():
+        # Older results lack the accuracy of the net after each epoch, and have that of its steps alone.
+        evaluated = "evaluated/train_accuracy" in metrics
+        accuracies = metrics["evaluated/train_accuracy" if evaluated else "train_accuracy"]
         traces, accuracy, error = (
-            np.mean(metrics[metric], 0) for metric in ("trace/total", "train_accuracy", "test_error")
+            np.mean(values, 0) for values in (metrics["trace/total"], accuracies, metrics["test_error"])
         )
-        where = f"over {len(error)} epochs"
-        print(f"{name}: {report.rank_correlation(traces[-len(error) :], accuracy - 1 + error, where)}")
+        gap = accuracy[-len(error) :] - 1 + error
+        words = report.rank_correlation_of_series(traces[-len(error) :], gap)
+        print(f"{name}: {words}{'' if evaluated else '; the gap is to the accuracy during the epoch'}")
     print(report.judge(report.Claim("CE + HTR", "CE", "HTR lowers the sum of traces at the end", "trace"), last))

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
-from experiments import arms, data, tables
+from experiments import arms, data, report, store, tables
+from experiments.plan import Plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +31,27 @@ class Config(arms.Config):
     intervals: tuple[int, ...] = (1, 25, 50, 100, 200)
 
 
-def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> None:
-    """Trains (or finds) the nets and saves the numbers."""
-    settings = {"no HTR": None} | {f"f_r = {every}": {"every": every} for every in config.intervals}
-    tables.run_sweep(config, settings, out_dir, data_dir)
+def plan(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> Plan:
+    """The trainings of all settings."""
+    return tables.plan_sweep(config, _settings(config), out_dir, data_dir)
+
+
+def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> dict[str, Any]:
+    """Trains (or finds) the nets and saves the numbers; returns how they were trained."""
+    return tables.run_sweep(config, _settings(config), out_dir, data_dir)
+
+
+def _settings(config: Config) -> dict[str, Mapping | None]:
+    return {"no HTR": None} | {f"f_r = {every}": {"every": every} for every in config.intervals}
 
 
 def draw(config: Config, out_dir: pathlib.Path) -> None:
     """Draws the figure from the saved numbers, and says what they show."""
     tables.draw_sweep(config, out_dir, "no HTR")
+    numbers = store.load_json(out_dir / "numbers.json")
+    errors = {name: [values[-1] for values in metrics["test_error"]] for name, metrics in numbers.items()}
+    first, *others = (f"f_r = {every}" for every in sorted(config.intervals))
+    print(f"against the shortest interval, p multiplied by the {len(others)} tests:")
+    for name in others:
+        claim = report.Claim(name, first, f"{name} does as well as {first}")
+        print(report.judge_no_difference(claim, errors, len(others)))

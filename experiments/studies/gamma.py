@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from experiments import arms, data, models, plot, report, store, tables
+from experiments import arms, data, plot, report, store, tables
+from experiments.plan import Plan
 from experiments.report import Claim
-from experiments.train import DivergedError, TrainConfig, evaluate, train_once
+from experiments.train import DivergedError, TrainConfig, evaluate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,21 +53,47 @@ METHODS = {
 }
 
 
-def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> None:
-    """Trains (or finds) all nets, chooses on the held-out images, tests what was chosen, and saves the numbers."""
-    dataset = arms.load(config, data_dir)
-    held_out, model = data.hold_out(dataset, config.held_out), models.build(config.model, dataset.num_classes)
-    strengths = {"none": (0.0,), "htr": config.gammas, "l2": config.weight_decays, "sam": config.radii}
-    arms.check(model, (_training(config, name, strength, 0) for name in strengths for strength in strengths[name]))
-    numbers = {
-        method: [{"strength": s, "trials": [], "tested": []} for s in values] for method, values in strengths.items()
+def plan(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> Plan:
+    """The trainings of the search, and of the first strength of each method as long as none is chosen."""
+    held_out = data.hold_out(arms.load(config, data_dir), config.held_out)
+    first = {method: strengths[0] for method, strengths in _strengths(config).items()}
+    return _planned(config, held_out, out_dir, _strengths(config), first)
+
+
+def _strengths(config):
+    return {"none": (0.0,), "htr": config.gammas, "l2": config.weight_decays, "sam": config.radii}
+
+
+def _planned(config, held_out, out_dir, searched, tested):
+    """The plan by method, strength and seed: of strengths to search, and of strengths to test with new seeds."""
+    seeds = range(config.trials)
+    keys = [(method, s, seed) for seed in seeds for method, strengths in searched.items() for s in strengths]
+    keys += [(method, s, config.trials + seed) for seed in seeds for method, s in tested.items()]
+    trainings = {
+        key: tables.planned(config, held_out, "{} {:g}, seed {}".format(*key), _training(config, *key)) for key in keys
     }
+    return tables.checked(trainings, out_dir, config)
+
+
+def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> dict[str, Any]:
+    """Trains (or finds) all nets, chooses on the held-out images, tests what was chosen, and saves the numbers.
+
+    Returns:
+      How the nets were trained.
+    """
+    dataset = arms.load(config, data_dir)
+    held_out, model = data.hold_out(dataset, config.held_out), arms.build(config, dataset)
+    numbers = {
+        method: [{"strength": s, "trials": [], "tested": []} for s in values]
+        for method, values in _strengths(config).items()
+    }
+    todo = search = _planned(config, held_out, out_dir, _strengths(config), {})
 
     def trained(method, strength, seed):
-        _, net = train_once(config.model, held_out, _training(config, method, strength, seed), out_dir)
+        _, net = todo.net((method, strength, seed))
         record, _ = tables.final(config, held_out, model, net, seed)
         record = {name.replace("test_", "held_out_"): value for name, value in record.items()}
-        print(f"{method} {strength:g}, seed {seed}: held-out error {record['held_out_error']:.2%}")
+        print(f"{method} {strength:g}, seed {seed}: held-out error {record['held_out_error']:.2%}", flush=True)
         return net, record
 
     for seed in range(config.trials):
@@ -77,13 +104,15 @@ def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> N
                 except DivergedError as error:
                     print(f"{method} {point['strength']:g}, seed {seed}: {error}; it is not chosen")
                     point["trials"].append({"held_out_error": float("nan"), "trace": float("nan")})
+    chosen = {method: best_of(points) for method, points in numbers.items()}
+    todo = _planned(config, held_out, out_dir, {}, {method: best["strength"] for method, best in chosen.items()})
     for seed in range(config.trials, 2 * config.trials):
-        for method, points in numbers.items():
-            best = best_of(points)
+        for method, best in chosen.items():
             net, record = trained(method, best["strength"], seed)
             record["test_error"] = evaluate(model, net.params, net.batch_stats, dataset, dataset.test)[1]
             best["tested"].append(record)
     store.save_json(out_dir / "numbers.json", numbers)
+    return tables.trained_as(search)
 
 
 def best_of(points: list[dict]) -> dict:
@@ -127,6 +156,10 @@ def draw(config: Config, out_dir: pathlib.Path) -> None:
         lines.append([METHODS.get(method, ("none",))[0], f"{point['strength']:g}", searched, *cells])
     print(f"the strengths with the lowest held-out error, and {config.trials} nets of new seeds of each:")
     report.print_columns(lines)
+    for method, points in numbers.items():
+        strengths = [point["strength"] for point in points]
+        if (best := shown[method]["strength"]) in (min(strengths), max(strengths)):
+            print(f"{METHODS[method][0]}: {best:g} is an end of the grid, beyond which the best may be")
     errors = {method: [record["test_error"] for record in point["tested"]] for method, point in shown.items()}
     print(f"on the test images, p multiplied by the {len(METHODS)} tests:")
     for method, (words, _) in METHODS.items():

@@ -10,12 +10,14 @@ LeNet: no difference that five trials could tell from none, the released coeffic
 from __future__ import annotations
 
 import pathlib
+from typing import Any
 
 from experiments import tables
 from experiments.arms import Config
+from experiments.plan import Plan
 from experiments.report import Claim
 
-__all__ = ["Config", "draw", "run"]
+__all__ = ["Config", "draw", "plan", "run"]
 
 ARMS = ("ce", "htr")
 CLAIMS = (
@@ -24,9 +26,14 @@ CLAIMS = (
 )
 
 
-def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> None:
-    """Trains (or finds) the nets of all arms, measures them and saves the numbers."""
-    tables.run_table(config, ARMS, out_dir, data_dir)
+def plan(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> Plan:
+    """The trainings of all arms."""
+    return tables.plan_table(config, ARMS, out_dir, data_dir)
+
+
+def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> dict[str, Any]:
+    """Trains (or finds) the nets of all arms, measures them and saves the numbers; returns how they were trained."""
+    return tables.run_table(config, ARMS, out_dir, data_dir)
 
 
 def draw(config: Config, out_dir: pathlib.Path) -> None:

@@ -17,7 +17,7 @@ from typing import Literal
 import jax
 import numpy as np
 
-from experiments import arms, data, models, plot, report, store
+from experiments import arms, figures, report, store
 from experiments.measure import progress_bar
 from experiments.train import Stepper, TrainConfig
 
@@ -31,12 +31,10 @@ PAPER = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(figures.Scale, figures.Subject):
     """What to time.
 
     Attributes:
-      model: name of the net.
-      dataset: name of the data set.
       preset: "released", the settings of the released scripts, or "paper", those of the paper's text.
       intervals: steps from one penalty to the next (f_r).
       curvatures: curvatures that are penalised, of "hessian" and "ggn".
@@ -45,8 +43,6 @@ class Config:
       repeats: rounds of timing, of which the medians are shown.
     """
 
-    model: models.Name = "lenet"
-    dataset: data.Name = "mnist"
     preset: arms.Preset = "released"
     intervals: tuple[int, ...] = (1, 25, 50, 100, 200)
     curvatures: tuple[Literal["hessian", "ggn"], ...] = ("hessian", "ggn")
@@ -57,9 +53,10 @@ class Config:
 
 def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> None:
     """Times SGD and every interval, and saves the seconds."""
-    common = arms.Config(config.model, config.dataset, config.preset)
+    shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(figures.Scale)}
+    common = arms.Config(model=config.model, dataset=config.dataset, preset=config.preset, **shared)
     dataset, steps = arms.load(common, data_dir), config.steps or max(config.intervals)
-    model = models.build(config.model, dataset.num_classes)
+    model = arms.build(common, dataset)
     changes = {"start_epoch": 0} | ({"num_probes": config.num_probes} if config.num_probes else {})
     settings: dict[str, TrainConfig] = {"SGD": arms.training(common, "ce", 0)}
     for curvature in config.curvatures:
@@ -94,7 +91,7 @@ def draw(config: Config, out_dir: pathlib.Path) -> None:
     numbers = store.load_json(out_dir / "numbers.json")
     seconds = numbers["seconds_per_epoch"]
     print(
-        f"{plot.label(config.model)} on {plot.label(config.dataset)}, {numbers['num_probes']} probes; "
+        f"{figures.about(config, config.model, config.dataset)}, {numbers['num_probes']} probes; "
         f"an epoch of SGD takes {np.median(seconds['SGD']):.2f} s; {numbers['machine']}"
     )
     paper = dict(zip((25, 50, 100, 200), PAPER.get((config.model, config.dataset), ()), strict=False))
