@@ -123,6 +123,20 @@ def lanczos(
     return run(linear, state, basis, restart_key, num_steps)
 
 
+def lanczos_beside(rows: PyTree, count: int, operator: Callable, start: PyTree, num_steps: int) -> Tridiagonal:
+    """As `lanczos`, in the complement of ``count`` orthonormal rows, behind which there is room for ``num_steps`` more.
+
+    With as many rows as another basis has, and of its kind, nothing new is compiled.
+    """
+    basis = _Basis(rows)
+    state = _begin(start, len(jax.tree.leaves(rows)[0]))
+    before = state._replace(step=jnp.array(count), vector=optax.tree.zeros_like(state.vector))
+    state = _host_step(basis)(basis, before, state.vector, None)._replace(step=before.step, scale=before.scale)
+    if not state.alive:
+        return Tridiagonal(np.zeros(1), np.zeros(1), 1, None)  # the rows span the space
+    return _run_on_host(as_linear(operator), state, basis, None, num_steps, None, count)
+
+
 def _run_compiled(operator, state, basis, restart_key, num_steps):
     def body(_, carry):
         state, basis = carry
@@ -133,8 +147,8 @@ def _run_compiled(operator, state, basis, restart_key, num_steps):
     return Tridiagonal(state.alphas, state.betas, state.num_valid, basis.rows)
 
 
-def _run_on_host(operator, state, basis, restart_key, num_steps, progress):
-    step = _step_in_numpy if isinstance(jax.tree.leaves(basis)[0], np.ndarray) else _compiled_step
+def _run_on_host(operator, state, basis, restart_key, num_steps, progress, first=0):
+    step = _host_step(basis)
     for done in range(1, num_steps + 1):
         vector = state.vector
         following = step(basis, state, operator(vector), restart_key)
@@ -147,9 +161,13 @@ def _run_on_host(operator, state, basis, restart_key, num_steps, progress):
         if not state.alive:
             break
     # Cut on the host: a slice on the device would be compiled for each length.
-    alphas, betas = (np.asarray(x)[:done] for x in (state.alphas, state.betas))
-    rows = basis.rows if done == num_steps else jax.tree.map(lambda rows: rows[:done], basis.rows)
+    alphas, betas = (np.asarray(x)[first : first + done] for x in (state.alphas, state.betas))
+    rows = basis.rows if done == num_steps else jax.tree.map(lambda rows: rows[: first + done], basis.rows)
     return Tridiagonal(alphas, betas, done, rows)
+
+
+def _host_step(basis):
+    return _step_in_numpy if isinstance(jax.tree.leaves(basis)[0], np.ndarray) else _compiled_step
 
 
 def ritz(alphas: ArrayLike, betas: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -203,7 +221,7 @@ def _begin(start, num_steps):
         betas=jnp.zeros(num_steps, dtype),
         scale=jnp.zeros((), dtype),
         alive=jnp.array(True),
-        num_valid=jnp.array(0),
+        num_valid=jnp.array(0, int),  # not weakly typed: the first step is one program with the others
         vector=optax.tree.cast_like(optax.tree.scale(1 / tree_norm(start), start), start),
     )
 

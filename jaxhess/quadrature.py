@@ -8,16 +8,17 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from jaxhess._checks import NotFiniteError, check_choice, check_count, check_key, check_like
 from jaxhess._diagnosis import why_not_finite
-from jaxhess._lanczos import lanczos, ritz
+from jaxhess._lanczos import lanczos, lanczos_beside, ritz
 from jaxhess._linear import as_linear
 from jaxhess._noise import Run, noise, ritz_run
 from jaxhess._rows import NoGramError
-from jaxhess._trees import combine, random_like, tree_norm, tree_size, without
+from jaxhess._trees import combine, random_like, tree_norm, tree_size
 from jaxhess._weights import Check, Nodes, check, converged, deflated, plain
 from jaxhess.gram import gram_eigenvalues, gram_rows
 from jaxhess.operators import block, linearize, product
@@ -140,13 +141,13 @@ class Runs:
         if not steps or not 0 < len(values) < tree_size(like):
             return Check()
         _, coefficients, _ = ritz(found.alphas, found.betas)
-        rows = combine(found.basis, coefficients[:, values])
-        start = without(rows, without(rows, random_like(jax.random.fold_in(key, _CHECK - 1), like)))
-
-        def rest(v):
-            return without(rows, operator(without(rows, v)))
-
-        again = lanczos(rest, start, steps)
+        places = np.zeros((max(found.num_steps, len(values) + steps), found.num_steps))
+        places[: len(values)] = coefficients[:, values].T
+        start = random_like(jax.random.fold_in(key, _CHECK - 1), like)
+        rows = combine(found.basis, places.T)
+        if self.reorthogonalize != "host":
+            rows = jax.tree.map(jnp.asarray, rows)
+        again = lanczos_beside(rows, len(values), operator, start, steps)
         early = _nodes(found.alphas[:steps], found.betas[:steps])
         return check(nodes, early, _nodes(again.alphas, again.betas), tree_size(like))
 

@@ -6,12 +6,13 @@ import contextlib
 import dataclasses
 import html
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 
 from jaxhess._checks import check_key
-from jaxhess._trees import tree_norm, tree_size
+from jaxhess._trees import tree_norm
 from jaxhess.estimates import Estimate, Plan
 from jaxhess.objective import NoFactorError, Objective
 from jaxhess.problem import pose
@@ -225,18 +226,24 @@ def summarize(
         with contextlib.suppress(NoFactorError):  # a criterion that is not convex: no column Tr G
             equal = {name: exact[name] for name in equal_to_ggn}
             ggn_traces = _traces(problem, "ggn", equal, spectra, ggn_key, plan)
-    records = {}
-    for name, spec in spectra.items():
-        weights = problem.layer(None if name == "total" else name).arrays(problem.params)
-        records[name] = _record(weights, spec, spectra["total"], traces[name], ggn_traces.get(name))
+    parts = tuple(problem.layer(None if name == "total" else name) for name in spectra)
+    norms = dict(zip(spectra, _norms(parts, problem.params), strict=True))
+    records = {
+        name: _record(spec, spectra["total"], float(norms[name]) ** 2, traces[name], ggn_traces.get(name))
+        for name, spec in spectra.items()
+    }
     return Summary(records, spectra)
 
 
-def _record(weights, spec, total, trace, ggn_trace):
-    norm2 = float(tree_norm(weights)) ** 2
+@partial(jax.jit, static_argnums=0)
+def _norms(layers, params):
+    return [tree_norm(layer.arrays(params)) for layer in layers]
+
+
+def _record(spec, total, norm2, trace, ggn_trace):
     distance, error = wasserstein(spec, total, with_error=True)
     return Record(
-        parameters=tree_size(weights),
+        parameters=spec.dim,
         trace=trace,
         ggn_trace=ggn_trace,
         lambda_max=spec.lambda_max,

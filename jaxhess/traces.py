@@ -19,7 +19,17 @@ from jaxhess._linear import as_linear
 from jaxhess._products import At
 from jaxhess._rows import NoGramError
 from jaxhess._samples import FactorSamples, ProductSamples, Samples
-from jaxhess._trees import automatic, draw_keys, inner, own_eps, random_like, random_rows, sampler, to_host, tree_size
+from jaxhess._trees import (
+    automatic,
+    draw_keys,
+    inner,
+    own_eps,
+    random_like,
+    random_rows,
+    sampler,
+    to_host,
+    tree_size,
+)
 from jaxhess._xtrace import samples as xtrace
 from jaxhess.estimates import Estimate, Plan
 from jaxhess.gram import row_traces
