@@ -32,11 +32,14 @@ LABELS = {
     "resnet18": "ResNet18",
     "resnet18_noskip": "ResNet18 without skips",
     "densenet": "DenseNet-40-12",
+    "gpt": "GPT",
+    "gpt_10m": "GPT (10 M)",
     "mnist": "MNIST",
     "fashion_mnist": "Fashion-MNIST",
     "cifar10": "CIFAR-10",
     "cifar100": "CIFAR-100",
     "svhn_cropped": "SVHN",
+    "shakespeare": "Tiny Shakespeare",
 }
 METRICS = {
     "wasserstein": "Wasserstein (normalised)",
@@ -297,25 +300,68 @@ def strengths(
     return figure
 
 
-def precision(panels: Mapping[str, tuple[str, Mapping[str, tuple[Sequence, Sequence]]]], title: str) -> Figure:
-    """One panel a question: relative errors against what is spent, both on log scales.
+def precision(panels: Mapping[str, Mapping[str, Mapping[str, tuple]]], title: str) -> Figure:
+    """One panel a quantity, one colour an estimator: relative error against time in gradients, on log scales.
 
     Args:
-      panels: {question: (label of x, {estimator: (x, relative error)})}.
+      panels: {quantity: {estimator: {"whole net": (times, errors), "layers": (times, [median, least, largest error])}}}.
+      title: what was run.
+
+    Returns:
+      The figure: the whole net solid, the median layer dashed, and a band from the most to the least precise layer.
+    """
+    figure, axes = _panels(1, len(panels), title, height=2.6)
+    for axis, (quantity, estimators) in zip(axes, panels.items(), strict=True):
+        for i, (name, lines) in enumerate(estimators.items()):
+            style = dict(color=COLORS[i], marker=MARKERS[i], markersize=4, linewidth=1.2)
+            axis.plot(*lines["whole net"], label=f"{name}, whole net", **style)
+            times, (median, least, largest) = lines["layers"]
+            axis.plot(times, median, **style | dict(linestyle=DASHES[1], markersize=2.5), label=f"{name}, layers")
+            axis.fill_between(times, least, largest, color=COLORS[i], alpha=0.12, linewidth=0)
+        axis.set(xscale="log", yscale="log")
+        axis.set_title(quantity, **_STYLE)
+        axis.grid(axis="y", color="0.92", linewidth=0.6)
+    low, high = (f(axis.get_ylim()[i] for axis in axes) for i, f in ((0, min), (1, max)))
+    for axis in axes:
+        axis.set_ylim(low, high)
+    figure.supxlabel("time, in gradients of the same net and batch", **_STYLE)
+    figure.supylabel("relative error", **_STYLE)
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", fontsize=7, frameon=False, ncols=len(handles[0]))
+    return figure
+
+
+def interactions(found: jh.Interactions, shares: Mapping[str, Sequence[float]], unit: str, title: str) -> Figure:
+    """The map of layer interactions, and beside it which share of each trace the hardest examples make.
+
+    Args:
+      found: as from `jaxhess.layer_interactions`.
+      shares: {layer: cumulative shares of the trace, the hardest example first, from 0 to 1}; "total" for the net.
+      unit: what an example is called, such as "images".
       title: what was run.
 
     Returns:
       The figure.
     """
-    figure, axes = _panels(-(-len(panels) // 2), 2, title, height=2.6)
-    for axis, (question, (x_label, lines)) in zip(axes, panels.items(), strict=True):
-        for i, (name, (x, y)) in enumerate(lines.items()):
-            style = dict(color=COLORS[i % len(COLORS)], linestyle=DASHES[i % len(DASHES)], linewidth=1.2)
-            axis.loglog(x, y, marker=MARKERS[i % len(MARKERS)], markersize=3, label=name, **style)
-        axis.set_title(question, **_STYLE)
-        axis.set_xlabel(x_label, **_STYLE)
-        axis.legend(fontsize=6, frameon=False)
-    figure.supylabel("relative error", **_STYLE)
+    count = len(found.names)
+    figure, (axis, curves) = _panels(1, 2, title, height=3 if count <= 8 else 4)
+    jhplot.interactions(found, axis)
+    axis.tick_params(which="both", labelsize=max(3.5, 7 - 0.1 * count))
+    axis.spines[:].set_visible(False)
+    axis.set_title("Frobenius norms of the blocks of G", **_STYLE)
+    bar = axis.images[0].colorbar
+    bar.set_label("")
+    bar.ax.tick_params(which="both", labelsize=7)
+    names = [name for name in shares if name != "total"]
+    colors = dict(zip(names, colormaps["viridis"](np.linspace(0, 0.9, len(names))), strict=True)) | {"total": "black"}
+    for name, values in shares.items():
+        x = np.linspace(0, 100, len(values))
+        width = 1.6 if name == "total" else 0.9
+        label = "whole net" if name == "total" else name if count <= 8 or name in (names[0], names[-1]) else None
+        curves.plot(x, 100 * np.asarray(values), color=colors[name], linewidth=width, label=label)
+    curves.set_xlabel(f"hardest {unit}, %", **_STYLE)
+    curves.set_ylabel("share of the trace of G, %", **_STYLE)
+    curves.legend(fontsize=7, frameon=False, loc="lower right")
     return figure
 
 
