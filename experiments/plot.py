@@ -304,7 +304,7 @@ def precision(panels: Mapping[str, Mapping[str, Mapping[str, tuple]]], title: st
     """One panel a quantity, one colour an estimator: relative error against time in gradients, on log scales.
 
     Args:
-      panels: {quantity: {estimator: {"whole net": (times, errors), "layers": (times, [median, least, largest error])}}}.
+      panels: {quantity: {estimator: {"whole net": (times, errors), "layers": (times, [median, least, largest])}}}.
       title: what was run.
 
     Returns:

@@ -116,7 +116,7 @@ def pairs(names: list[str], norms: np.ndarray, count: int = 6) -> list[tuple[str
     scale = np.sqrt(np.outer(np.diag(norms), np.diag(norms)))
     cosines = np.divide(norms, scale, out=np.zeros_like(norms), where=scale > 0)
     above = sorted(zip(*np.triu_indices(len(names), 1), strict=True), key=lambda pair: -norms[pair])
-    return [(names[l], names[k], 2 * norms[l, k] / norms.sum(), cosines[l, k]) for l, k in above[:count]]
+    return [(names[i], names[k], 2 * norms[i, k] / norms.sum(), cosines[i, k]) for i, k in above[:count]]
 
 
 def draw(config: Config, out_dir: pathlib.Path) -> None:
@@ -129,7 +129,7 @@ def draw(config: Config, out_dir: pathlib.Path) -> None:
     _print_map(found, table, unit)
     _print_examples(examples, unit)
     how = "exact" if table["exact"] else f"{config.num_probes} probes a layer"
-    title = f"{about}\nmap at {table['examples']} training {unit} ({how}), shares of {examples['count']:,} training {unit}"
+    title = f"{about}\nmap at {table['examples']} {unit} ({how}), shares of {examples['count']:,} {unit}"
     plot.save(plot.interactions(found, examples["cumulative"], unit, title), out_dir / "figure.png")
 
 
