@@ -144,7 +144,7 @@ def test_the_gap_near_the_number_of_classes():
 
 
 def test_the_precision_of_estimators(out, capsys):
-    words = ["probes=4,60", "images=10,20", "subsets=3", "steps=4,16", "repeats=12"]
+    words = ["probes=4,60", "images=10,20", "subsets=3", "steps=4,16", "repeats=12", "spectra_repeats=3"]
     printed = ran(out, capsys, "estimators", *words)
     found = numbers(out / "estimators")
     digits = data.load("digits")
@@ -204,7 +204,7 @@ def test_first_calls_compile_and_later_ones_take_turns():
 
     calls = {name: functools.partial(call, name) for name in "ab"}
     found = estimators.repeated(calls, 3, jax.random.key(0))
-    assert "".join(called) == "ab" + "ab" * 3 and compiled[:2] == ["a", "b"]
+    assert "".join(called) == "ababab" and compiled[:2] == ["a", "b"]
     for first, times, results in found.values():
         assert first > 0 and len(times) == 2 and results == [2.0] * 3
 

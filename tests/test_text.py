@@ -220,7 +220,7 @@ def ran(out, folder, monkeypatch, capsys, name, *words):
 
 
 def test_estimators_of_a_gpt(out, folder, monkeypatch, capsys):
-    words = ["probes=8", "repeats=2", "steps=4", "spectra_layers=2", "images="]
+    words = ["probes=8", "repeats=2", "spectra_repeats=2", "steps=4", "spectra_layers=2", "images="]
     printed, found = ran(out, folder, monkeypatch, capsys, "estimators", *words)
     assert found["unit"] == "sequences" and found["measured"] == {"traces": 2, "spectra": 2} and found["images"] == {}
     assert "Tr Hess at 2 training sequences" in printed and "GPT on " in printed

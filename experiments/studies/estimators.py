@@ -32,8 +32,9 @@ class Config(figures.Config):
 
     Attributes:
       probes: numbers of probes of the traces.
+      repeats: keys with which each trace is estimated, at least 2; with the first of them it also compiles.
       steps: numbers of Lanczos steps of the spectra, with one start vector.
-      repeats: keys with which each estimate is made, at least 2; the first also compiles.
+      spectra_repeats: likewise of the spectra.
       spectra_images: training images of each class, or sequences, for the spectra; 0 for as many as for the traces.
       spectra_layers: layers whose spectra are compared, spread over the depth; 0 for all.
       images: numbers of images that the exact G is measured at; none leaves this out.
@@ -41,8 +42,9 @@ class Config(figures.Config):
     """
 
     probes: tuple[int, ...] = (16, 64)
-    steps: tuple[int, ...] = (16, 32, 64, 128)
     repeats: int = 8
+    steps: tuple[int, ...] = (16, 32, 64, 128)
+    spectra_repeats: int = 4
     spectra_images: int = 0
     spectra_layers: int = 0
     images: tuple[int, ...] = (10, 30, 100)
@@ -50,8 +52,9 @@ class Config(figures.Config):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.repeats < 2:
-            raise ValueError(f"repeats must be at least 2, since the first one compiles, got {self.repeats}")
+        for name in ("repeats", "spectra_repeats"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"{name} must be at least 2, since the first one compiles, got {getattr(self, name)}")
 
 
 def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> None:
@@ -96,7 +99,6 @@ def _traces(config, loss, params, batch, names, key):
 
     gradient = jax.jit(jax.grad(loss))
     second = seconds(lambda: gradient(params, batch))
-    truth = jh.layer_traces(loss, params, batch, key=key, curvature="ggn", method="exact")
     calls = {(c, m, n): partial(call, c, m, n) for c in CURVATURES for m in METHODS for n in config.probes}
     found: dict[str, dict] = {}
     for (curvature, method, probes), (first, times, estimates) in repeated(calls, config.repeats, key).items():
@@ -104,6 +106,7 @@ def _traces(config, loss, params, batch, names, key):
         record |= {name: _by_layer(estimates, name, names) for name in ("mean", "std_error")}
         record["exact"] = [name for name in names if estimates[0][name].method == EXACT]
         found.setdefault(curvature, {}).setdefault(method, {})[probes] = record
+    truth = jh.layer_traces(loss, params, batch, key=key, curvature="ggn", method="exact")
     values = {name: float(truth[name].mean) for name in names}
     same = found["hessian"]["auto"][max(config.probes)]["exact"]  # Hess_l = G_l in these
     exact = {"ggn": values, "hessian": {name: values[name] for name in same}}
@@ -121,12 +124,13 @@ def _spectra(config, loss, params, batch, layers, key):
         options = {"num_steps": steps, "weights": weights, "curvature": "ggn", "layers": layers}
         return jh.layer_spectra(loss, params, batch, key=key, **options)
 
-    exact = _exact(loss, params, batch, layers)
     gradient = jax.jit(jax.grad(loss))
     second = seconds(lambda: gradient(params, batch))
     calls = {(w, n): partial(call, w, n) for w in WEIGHTS for n in config.steps}
+    results = repeated(calls, config.spectra_repeats, key)
+    exact = _exact(loss, params, batch, layers)
     found: dict[str, dict] = {}
-    for (weights, steps), (first, times, spectra) in repeated(calls, config.repeats, key).items():
+    for (weights, steps), (first, times, spectra) in results.items():
         record = found.setdefault(weights, {})[steps] = {"seconds": times, "first": first}
         record |= {metric: {name: [] for name in exact} for metric in METRICS}
         for one in spectra:
@@ -158,25 +162,18 @@ def _by_images(config, loss, params, dataset, batch_stats, layers):
 
 
 def repeated(calls: Mapping, repeats: int, key: jax.Array) -> dict:
-    """{name: (seconds of the first call, [seconds of the later ones], [results of the later ones])}.
+    """{name: (seconds of the first call, [seconds of the later ones], [all results])}.
 
-    The first call of each compiles all that it needs. The later ones are made in turn, one round for each key, and the
-    first of these compiles again; its time is left out.
+    The calls are made in turn, one round for each key. In the first round they compile what none before has needed.
     """
-    first = {}
-    for name, call in calls.items():
-        jax.clear_caches()
-        first[name] = report.seconds(partial(call, key), jax.block_until_ready)
-    times: dict = {name: [] for name in calls}
     results: dict = {name: [] for name in calls}
-    for i in range(repeats):
-        for name, call in calls.items():
 
-            def timed(call=call, name=name, i=i):
-                results[name].append(call(jax.random.fold_in(key, i)))
+    def call(name):
+        results[name].append(calls[name](jax.random.fold_in(key, len(results[name]))))
 
-            times[name].append(report.seconds(timed))
-    return {name: (first[name], times[name][1:], results[name]) for name in calls}
+    timers = {name: partial(report.seconds, partial(call, name)) for name in calls}
+    times = report.in_turn(timers, repeats)
+    return {name: (times[name][0], times[name][1:], results[name]) for name in calls}
 
 
 def seconds(call: Callable) -> float:
@@ -225,7 +222,7 @@ def _print_traces(numbers, curvature, words):
         for probes, record in found.items()
     }
     found = [errors(record, numbers["traces"]["exact"][curvature]) for record in records.values()]
-    repeats = len(next(iter(records.values()))["seconds"]) + 1
+    repeats = 1 + len(next(iter(records.values()))["seconds"])
     print(
         f"\n{words} at {numbers['measured']['traces']} training {numbers['unit']}: relative error, RMS over {repeats} "
         f"keys (~: standard error, where the exact value is not known)"
@@ -234,12 +231,12 @@ def _print_traces(numbers, curvature, words):
 
 
 def _times(records, gradient):
-    """The rows with times: median of the warm calls, in seconds and gradients, and the first call."""
+    """The rows with times: the median of the later calls, in seconds and gradients, and what the first took longer."""
     medians = [float(np.median(record["seconds"])) for record in records]
     return [
         ["seconds", *(f"{x:.3g}" for x in medians)],
         ["gradients", *(f"{x / gradient:.3g}" for x in medians)],
-        ["first call, s", *(f"{record['first']:.3g}" for record in records)],
+        ["compiling, s", *(f"{max(0, r['first'] - x):.2g}" for r, x in zip(records, medians, strict=True))],
     ]
 
 
