@@ -355,10 +355,14 @@ def interactions(found: jh.Interactions, shares: Mapping[str, Sequence[float]], 
     names = [name for name in shares if name != "total"]
     colors = dict(zip(names, colormaps["viridis"](np.linspace(0, 0.9, len(names))), strict=True)) | {"total": "black"}
     for name, values in shares.items():
-        x = np.linspace(0, 100, len(values))
-        width = 1.6 if name == "total" else 0.9
+        style = dict(linewidth=2.4, zorder=1) if name == "total" else dict(linewidth=0.9)
         label = "whole net" if name == "total" else name if count <= 8 or name in (names[0], names[-1]) else None
-        curves.plot(x, 100 * np.asarray(values), color=colors[name], linewidth=width, label=label)
+        x, y = np.linspace(0, 100, len(values)), 100 * np.asarray(values)
+        curves.plot(x[1:], y[1:], color=colors[name], label=label, **style)
+    curves.set_xscale("log")
+    curves.set_xticks([1, 2, 5, 10, 20, 50, 100], [1, 2, 5, 10, 20, 50, 100])
+    curves.minorticks_off()
+    curves.set_ylim(0, 103)
     curves.set_xlabel(f"hardest {unit}, %", **_STYLE)
     curves.set_ylabel("share of the trace of G, %", **_STYLE)
     curves.legend(fontsize=7, frameon=False, loc="lower right")
