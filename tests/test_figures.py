@@ -144,7 +144,7 @@ def test_the_gap_near_the_number_of_classes():
 
 
 def test_the_precision_of_estimators(out, capsys):
-    words = ["probes=4,60", "images=10,20", "subsets=3", "steps=4,16", "repeats=12", "spectra_repeats=3"]
+    words = ["probes=4,60", "images=10,20", "subsets=3", "steps=4,64", "repeats=12", "spectra_repeats=3"]
     printed = ran(out, capsys, "estimators", *words)
     found = numbers(out / "estimators")
     digits = data.load("digits")
@@ -168,7 +168,7 @@ def test_the_precision_of_estimators(out, capsys):
     assert "RMS over 12 keys" in printed and "Tr G of 3 sets of images" in printed
     spectra = found["spectra"]["found"]
     for layer in ("fc1", "total"):
-        plain, deflated = (np.mean(spectra[weights]["16"]["wasserstein"][layer]) for weights in estimators.WEIGHTS)
+        plain, deflated = (np.mean(spectra[weights]["64"]["wasserstein"][layer]) for weights in estimators.WEIGHTS)
         assert deflated < plain / 2
     assert all(len(record["trace"]["fc2"]) == 3 for record in found["images"].values())
     redraws_alike(out, "estimators")
