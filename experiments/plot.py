@@ -335,7 +335,7 @@ def interactions(found: jh.Interactions, shares: Mapping[str, Sequence[float]], 
     """The map of layer interactions, and beside it which share of each trace the hardest examples make.
 
     Args:
-      found: as from `jaxhess.layer_interactions`.
+      found: as from `jaxhess.layer_interactions`; the layers that ``shares`` names are drawn.
       shares: {layer: cumulative shares of the trace, the hardest example first, from 0 to 1}; "total" for the net.
       unit: what an example is called, such as "images".
       title: what was run.
@@ -343,16 +343,17 @@ def interactions(found: jh.Interactions, shares: Mapping[str, Sequence[float]], 
     Returns:
       The figure.
     """
-    count = len(found.names)
+    names = [name for name in shares if name != "total"]
+    count, places = len(names), [found.names.index(name) for name in names]
+    part = jh.Interactions(names, *(table[np.ix_(places, places)] for table in (found.norms, found.std_error)))
     figure, (axis, curves) = _panels(1, 2, title, height=3 if count <= 8 else 4)
-    jhplot.interactions(found, axis)
+    jhplot.interactions(part, axis)
     axis.tick_params(which="both", labelsize=max(3.5, 7 - 0.1 * count))
     axis.spines[:].set_visible(False)
     axis.set_title("Frobenius norms of the blocks of G", **_STYLE)
     bar = axis.images[0].colorbar
     bar.set_label("")
     bar.ax.tick_params(which="both", labelsize=7)
-    names = [name for name in shares if name != "total"]
     colors = dict(zip(names, colormaps["viridis"](np.linspace(0, 0.9, len(names))), strict=True)) | {"total": "black"}
     for name, values in shares.items():
         style = dict(linewidth=2.4, zorder=1) if name == "total" else dict(linewidth=0.9)
