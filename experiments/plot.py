@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 import jaxhess as jh
 from experiments import store
@@ -319,12 +320,15 @@ def precision(panels: Mapping[str, Mapping[str, Mapping[str, tuple]]], title: st
             axis.plot(times, median, **style | dict(linestyle=DASHES[1], markersize=2.5), label=f"{name}, layers")
             axis.fill_between(times, least, largest, color=COLORS[i], alpha=0.12, linewidth=0)
         axis.set(xscale="log", yscale="log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        axis.xaxis.set_minor_locator(NullLocator())
         axis.set_title(quantity, **_STYLE)
+        axis.set_xlabel("time, gradients", **_STYLE)
         axis.grid(axis="y", color="0.92", linewidth=0.6)
     low, high = (f(axis.get_ylim()[i] for axis in axes) for i, f in ((0, min), (1, max)))
     for axis in axes:
         axis.set_ylim(low, high)
-    figure.supxlabel("time, in gradients of the same net and batch", **_STYLE)
     figure.supylabel("relative error", **_STYLE)
     handles = axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", fontsize=7, frameon=False, ncols=len(handles[0]))
