@@ -1,4 +1,4 @@
-"""Image classification data: scikit-learn's digits, and what TensorFlow Datasets has prepared; on host and device."""
+"""Data on host and device: scikit-learn's digits, image sets of TensorFlow Datasets, and Tiny Shakespeare."""
 
 from __future__ import annotations
 
@@ -21,9 +21,12 @@ Array = TypeVar("Array")
 Split = dict[str, np.ndarray]
 
 # How a data set is typed. Any set of TensorFlow Datasets will do, so the help shows those of the paper.
-_SHOWN = tyro.conf.arg(metavar="{digits,mnist,fashion_mnist,cifar10,cifar100,svhn_cropped,...}")
+_SHOWN = tyro.conf.arg(metavar="{digits,mnist,fashion_mnist,cifar10,cifar100,svhn_cropped,shakespeare,...}")
 Name = Annotated[str, _SHOWN]
 Names = Annotated[tuple[str, ...], _SHOWN]
+
+TEXT, TEXT_FILE, SEQUENCE = "shakespeare", "tinyshakespeare.txt", 32
+TEXT_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
 _SLICE = 4096  # images at a time: bounds the memory of decoding, and moves the progress bar
 
@@ -35,9 +38,10 @@ class Dataset:
     Attributes:
       name: its name.
       num_classes: number of classes.
-      train: {"image": uint8 (N, H, W, C), "label": int32 (N,)}.
+      train: {"image": uint8 (N, H, W, C), "label": int32 (N,)}; of text {"image": int32 (N, T), "label": int32 (N, T)},
+        the characters and those that follow them.
       test: likewise.
-      mean: float32 (1, 1, 1, C), of every channel over the training images.
+      mean: float32 (1, 1, 1, C), of every channel over the training images; None of text.
       std: float32 (1, 1, 1, C), likewise.
     """
 
@@ -45,8 +49,13 @@ class Dataset:
     num_classes: int
     train: Split
     test: Split
-    mean: np.ndarray
-    std: np.ndarray
+    mean: np.ndarray | None
+    std: np.ndarray | None
+
+    @property
+    def is_text(self) -> bool:
+        """Whether an example is a sequence of characters, each with a label: the next one."""
+        return self.mean is None
 
     @classmethod
     def create(cls, name: str, num_classes: int, train: Split, test: Split) -> Dataset:
@@ -54,7 +63,7 @@ class Dataset:
         return cls(name, num_classes, train, test, *_moments(train["image"]))
 
     def batch(self, split: Split) -> Split:
-        """A split with normalised float32 images: a batch as losses take it."""
+        """A split with normalised float32 images, or characters as they are: a batch as losses take it."""
         return {"image": normalise(split["image"], self.mean, self.std), "label": split["label"]}
 
 
@@ -62,10 +71,11 @@ def load(name: str, data_dir: str | None = None, *, label: str = "label", progre
     """Loads a data set whole.
 
     Args:
-      name: "digits" (comes with scikit-learn, enlarged to 28x28), or any set of TensorFlow Datasets with the splits
-        train and test (or validation), an image of one size and a class label: "mnist", "cifar10", ...
+      name: "digits" (comes with scikit-learn, enlarged to 28x28); "shakespeare", text in sequences of 32 characters, or
+        of so many as stand behind a slash ("shakespeare/256"); or any set of TensorFlow Datasets with the splits train
+        and test (or validation), an image of one size and a class label: "mnist", "cifar10", ...
       data_dir: where TensorFlow Datasets keeps its files; by default the environment variable JAXHESS_DATA_DIR, then
-        that library's own default.
+        that library's own default. The text is there too, or in the folder ``text`` next to it.
       label: name of the feature with the labels ("coarse_label" for the 20 superclasses of cifar100).
       progress: whether to show a progress bar.
 
@@ -78,6 +88,8 @@ def load(name: str, data_dir: str | None = None, *, label: str = "label", progre
     """
     if name == "digits":
         return _digits()
+    if name.partition("/")[0] == TEXT:
+        return _text(name, _folder(data_dir))
     return _tfds(name, data_dir or os.environ.get("JAXHESS_DATA_DIR") or None, label, progress)
 
 
@@ -89,18 +101,22 @@ def check(name: str, data_dir: str | None = None) -> None:
       data_dir: as for `load`; a set of one's own may be there.
     """
     base = re.split("[/:]", name)[0]
-    if base == "digits":
+    if base in ("digits", TEXT):
         return
     import tensorflow_datasets as tfds
 
-    where = pathlib.Path(data_dir or os.environ.get("JAXHESS_DATA_DIR") or tfds.core.constants.DATA_DIR)
-    if not (base and (where / base).is_dir()):
-        known = ["digits", *tfds.list_builders(with_community_datasets=False)]
+    if not (base and (_folder(data_dir) / base).is_dir()):
+        known = ["digits", TEXT, *tfds.list_builders(with_community_datasets=False)]
         names.check("data set", base, known, words="neither 'digits' nor known to tensorflow-datasets")
 
 
-def normalise(image: Array, mean: np.ndarray, std: np.ndarray) -> Array:
-    """Images (..., H, W, C) of any type as float32 with zero mean and unit variance a channel; NumPy or JAX."""
+def normalise(image: Array, mean: np.ndarray | None, std: np.ndarray | None) -> Array:
+    """Images (..., H, W, C) of any type as float32 with zero mean and unit variance a channel; NumPy or JAX.
+
+    What has no mean, as text, is returned as it is.
+    """
+    if mean is None:
+        return image
     return (image.astype(np.float32) - mean) / std
 
 
@@ -125,6 +141,20 @@ def per_class(split: Split, count: int, num_classes: int) -> Split:
     if short:
         raise ValueError(f"count={count} is more than these classes have (class: examples): {short}; take fewer")
     return {key: value[np.concatenate(found)] for key, value in split.items()}
+
+
+def first(dataset: Dataset, count: int) -> Split:
+    """The first training examples: ``count`` of every class as `per_class`, or ``count`` sequences of a text.
+
+    Raises:
+      ValueError: if ``count`` is below 1, or more than there are.
+    """
+    if not dataset.is_text:
+        return per_class(dataset.train, count, dataset.num_classes)
+    total = len(dataset.train["label"])
+    if not 1 <= count <= total:
+        raise ValueError(f"{dataset.name} has 1 to {total} sequences to take, got count={count}")
+    return {key: value[:count] for key, value in dataset.train.items()}
 
 
 def hold_out(dataset: Dataset, count: int, seed: int = 0) -> Dataset:
@@ -156,8 +186,8 @@ class OnDevice(NamedTuple):
     """A split on the device, and what normalises its images."""
 
     split: dict[str, jax.Array]
-    mean: jax.Array
-    std: jax.Array
+    mean: jax.Array | None
+    std: jax.Array | None
 
     def take(self, index: jax.Array) -> dict[str, jax.Array]:
         """The examples of these indices as a batch, images normalised; inside ``jit`` too."""
@@ -215,6 +245,40 @@ def _digits():
     train, test = train_test_split(np.arange(len(labels)), test_size=297, stratify=labels, random_state=0)
     splits = ({"image": images[index], "label": labels[index]} for index in (train, test))
     return Dataset.create("digits", 10, *splits)
+
+
+def _folder(data_dir):
+    """Where data sets are."""
+    if found := data_dir or os.environ.get("JAXHESS_DATA_DIR"):
+        return pathlib.Path(found)
+    import tensorflow_datasets as tfds
+
+    return pathlib.Path(tfds.core.constants.DATA_DIR)
+
+
+def _text(name, folder):
+    """Tiny Shakespeare in sequences that follow each other; the first nine tenths are for training."""
+    length = name.partition("/")[2] or str(SEQUENCE)
+    if not (length.isdecimal() and int(length) > 0):
+        raise ValueError(f"{name!r} must name a number of characters after the slash, as in {TEXT}/{SEQUENCE}")
+    places = [folder / TEXT_FILE, folder.parent / "text" / TEXT_FILE]
+    if not (path := next((place for place in places if place.is_file()), None)):
+        raise ValueError(
+            f"the text of {TEXT!r} is neither {places[0]} nor {places[1]}; bring it with `curl --create-dirs -o "
+            f"{places[0]} {TEXT_URL}`, or name another folder with data_dir= or JAXHESS_DATA_DIR"
+        )
+    characters, codes = np.unique(list(path.read_text()), return_inverse=True)
+    cut = int(0.9 * len(codes))
+    splits = (_sequences(part.astype(np.int32), int(length), name) for part in (codes[:cut], codes[cut:]))
+    return Dataset(name, len(characters), *splits, None, None)
+
+
+def _sequences(codes, length, name):
+    count = (len(codes) - 1) // length
+    if not count:
+        raise ValueError(f"{name!r} asks for sequences of {length} characters, and there are {len(codes)}; take fewer")
+    image, label = (codes[start : start + count * length].reshape(count, length) for start in (0, 1))
+    return {"image": image, "label": label}
 
 
 def _tfds(name, data_dir, label, progress):

@@ -43,7 +43,7 @@ class Scale:
     Attributes:
       label: feature of the data set that holds the labels, such as coarse_label.
       width: factor on all numbers of channels, for nets that have this option.
-      examples: number of training images, the same for each class; 0 for all of them.
+      examples: number of training images, the same for each class, or of sequences; 0 for all of them.
     """
 
     label: str = "label"
@@ -57,7 +57,7 @@ class Config(TrainConfig, Scale, Subject):
 
     Attributes:
       epochs: passes over the training images.
-      images_per_class: training images of each class at which the curvature is measured.
+      images_per_class: training images of each class at which the curvature is measured; of text, sequences in all.
       norm_layers: whether normalisation layers are shown too. The paper shows convolutions and dense layers.
       method: how the Hessian's spectra are found: "lanczos", or "auto": exactly, through the Gram matrix, for layers
         in which the Hessian is the Gauss-Newton matrix, and by Lanczos for others and for the whole net.
@@ -80,6 +80,8 @@ def load(config: Scale, name: str, data_dir: str | None) -> Dataset:
     dataset = data.load(name, data_dir, label=label or config.label)
     if not config.examples:
         return dataset
+    if dataset.is_text:
+        return dataclasses.replace(dataset, train=data.first(dataset, config.examples))
     each, rest = divmod(config.examples, dataset.num_classes)
     if rest:
         raise ValueError(f"examples={config.examples} is no multiple of the {dataset.num_classes} classes of {name}")

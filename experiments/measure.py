@@ -14,7 +14,7 @@ import scipy.stats
 from tqdm import tqdm
 
 import jaxhess as jh
-from experiments.data import Dataset, per_class
+from experiments.data import Dataset, first
 from experiments.models import objective
 
 PyTree = Any
@@ -23,8 +23,11 @@ _FIELDS = ("nodes", "weights", "residuals", "dim", "num_steps", "num_draws", "fi
 
 
 def measure_batch(dataset: Dataset, images_per_class: int, batch_stats: PyTree) -> PyTree:
-    """The first training images of every class, and the batch statistics of a net, as a batch for `objective`."""
-    batch = dataset.batch(per_class(dataset.train, images_per_class, dataset.num_classes))
+    """The first training images of every class, and the batch statistics of a net, as a batch for `objective`.
+
+    Of text it is so many sequences in all.
+    """
+    batch = dataset.batch(first(dataset, images_per_class))
     return batch | ({"batch_stats": batch_stats} if batch_stats else {})
 
 

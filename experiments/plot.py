@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 import jaxhess as jh
 from experiments import store
@@ -32,11 +33,14 @@ LABELS = {
     "resnet18": "ResNet18",
     "resnet18_noskip": "ResNet18 without skips",
     "densenet": "DenseNet-40-12",
+    "gpt": "GPT",
+    "gpt_10m": "GPT (10 M)",
     "mnist": "MNIST",
     "fashion_mnist": "Fashion-MNIST",
     "cifar10": "CIFAR-10",
     "cifar100": "CIFAR-100",
     "svhn_cropped": "SVHN",
+    "shakespeare": "Tiny Shakespeare",
 }
 METRICS = {
     "wasserstein": "Wasserstein (normalised)",
@@ -297,25 +301,76 @@ def strengths(
     return figure
 
 
-def precision(panels: Mapping[str, tuple[str, Mapping[str, tuple[Sequence, Sequence]]]], title: str) -> Figure:
-    """One panel a question: relative errors against what is spent, both on log scales.
+def precision(panels: Mapping[str, Mapping[str, Mapping[str, tuple]]], title: str) -> Figure:
+    """One panel a quantity, one colour an estimator: relative error against time in gradients, on log scales.
 
     Args:
-      panels: {question: (label of x, {estimator: (x, relative error)})}.
+      panels: {quantity: {estimator: {"whole net": (times, errors), "layers": (times, [median, least, largest])}}}.
+      title: what was run.
+
+    Returns:
+      The figure: the whole net solid, the median layer dashed, and a band from the most to the least precise layer.
+    """
+    figure, axes = _panels(1, len(panels), title, height=2.6)
+    for axis, (quantity, estimators) in zip(axes, panels.items(), strict=True):
+        for i, (name, lines) in enumerate(estimators.items()):
+            style = dict(color=COLORS[i], marker=MARKERS[i], markersize=4, linewidth=1.2)
+            axis.plot(*lines["whole net"], label=f"{name}, whole net", **style)
+            times, (median, least, largest) = lines["layers"]
+            axis.plot(times, median, **style | dict(linestyle=DASHES[1], markersize=2.5), label=f"{name}, layers")
+            axis.fill_between(times, least, largest, color=COLORS[i], alpha=0.12, linewidth=0)
+        axis.set(xscale="log", yscale="log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.set_title(quantity, **_STYLE)
+        axis.set_xlabel("time, gradients", **_STYLE)
+        axis.grid(axis="y", color="0.92", linewidth=0.6)
+    low, high = (f(axis.get_ylim()[i] for axis in axes) for i, f in ((0, min), (1, max)))
+    for axis in axes:
+        axis.set_ylim(low, high)
+    figure.supylabel("relative error", **_STYLE)
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", fontsize=7, frameon=False, ncols=len(handles[0]))
+    return figure
+
+
+def interactions(found: jh.Interactions, shares: Mapping[str, Sequence[float]], unit: str, title: str) -> Figure:
+    """The map of layer interactions, and beside it which share of each trace the hardest examples make.
+
+    Args:
+      found: as from `jaxhess.layer_interactions`; the layers that ``shares`` names are drawn.
+      shares: {layer: cumulative shares of the trace, the hardest example first, from 0 to 1}; "total" for the net.
+      unit: what an example is called, such as "images".
       title: what was run.
 
     Returns:
       The figure.
     """
-    figure, axes = _panels(-(-len(panels) // 2), 2, title, height=2.6)
-    for axis, (question, (x_label, lines)) in zip(axes, panels.items(), strict=True):
-        for i, (name, (x, y)) in enumerate(lines.items()):
-            style = dict(color=COLORS[i % len(COLORS)], linestyle=DASHES[i % len(DASHES)], linewidth=1.2)
-            axis.loglog(x, y, marker=MARKERS[i % len(MARKERS)], markersize=3, label=name, **style)
-        axis.set_title(question, **_STYLE)
-        axis.set_xlabel(x_label, **_STYLE)
-        axis.legend(fontsize=6, frameon=False)
-    figure.supylabel("relative error", **_STYLE)
+    names = [name for name in shares if name != "total"]
+    count, places = len(names), [found.names.index(name) for name in names]
+    part = jh.Interactions(names, *(table[np.ix_(places, places)] for table in (found.norms, found.std_error)))
+    figure, (axis, curves) = _panels(1, 2, title, height=3 if count <= 8 else 4)
+    jhplot.interactions(part, axis)
+    axis.tick_params(which="both", labelsize=max(3.5, 7 - 0.1 * count))
+    axis.spines[:].set_visible(False)
+    axis.set_title("Frobenius norms of the blocks of G", **_STYLE)
+    bar = axis.images[0].colorbar
+    bar.set_label("")
+    bar.ax.tick_params(which="both", labelsize=7)
+    colors = dict(zip(names, colormaps["viridis"](np.linspace(0, 0.9, len(names))), strict=True)) | {"total": "black"}
+    for name, values in shares.items():
+        style = dict(linewidth=2.4, zorder=1) if name == "total" else dict(linewidth=0.9)
+        label = "whole net" if name == "total" else name if count <= 8 or name in (names[0], names[-1]) else None
+        x, y = np.linspace(0, 100, len(values)), 100 * np.asarray(values)
+        curves.plot(x[1:], y[1:], color=colors[name], label=label, **style)
+    curves.set_xscale("log")
+    curves.set_xticks([1, 2, 5, 10, 20, 50, 100], [1, 2, 5, 10, 20, 50, 100])
+    curves.minorticks_off()
+    curves.set_ylim(0, 103)
+    curves.set_xlabel(f"hardest {unit}, %", **_STYLE)
+    curves.set_ylabel("share of the trace of G, %", **_STYLE)
+    curves.legend(fontsize=7, frameon=False, loc="lower right")
     return figure
 
 

@@ -101,7 +101,8 @@ def train(
 
     Raises:
       DivergedError: if the loss is no longer finite.
-      ValueError: if the batch is larger than the training set, or ``checkpoint_dir`` holds another training.
+      ValueError: if the batch is larger than the training set, text is to be augmented, or ``checkpoint_dir`` holds
+        another training.
     """
     num_images = len(dataset.train["label"])
     steps = num_images // config.batch_size
@@ -112,6 +113,8 @@ def train(
         step = _shared_step(model, dataclasses.replace(config, seed=0), steps)
     else:
         step = _make_step(model, config, steps, transform)
+    if config.augment and dataset.is_text:
+        raise ValueError(f"augment=true flips and rotates images, and {dataset.name} is text; leave it out")
     images, test = data.on_device(dataset, dataset.train), data.on_device(dataset, dataset.test)
     state, done, records = init_state(model, tx, config, dataset), 0, {}
 
@@ -320,7 +323,7 @@ def _compile_step(model, tx, config, steps_per_epoch):
         def loss_fn(params, batch):
             variables = {"params": params, "batch_stats": state.batch_stats}
             logits, new = model.apply(variables, batch["image"], train=True, mutable=["batch_stats"])
-            correct = jnp.sum(logits.argmax(-1) == batch["label"])
+            correct = _by_example(logits.argmax(-1) == batch["label"]).sum()
             return jh.cross_entropy(logits, batch), (correct, new.get("batch_stats", {}))
 
         def value_and_grad(params):
@@ -391,4 +394,10 @@ def _sums(model, size, params, batch_stats, images, start):
     logits = models.Predict(model)(params, batch | {"batch_stats": batch_stats})
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
     inside = index < len(images.split["label"])
-    return jnp.sum(losses * inside), jnp.sum((logits.argmax(-1) != batch["label"]) & inside)
+    wrong = logits.argmax(-1) != batch["label"]
+    return jnp.sum(_by_example(losses) * inside), jnp.sum(_by_example(wrong) * inside)
+
+
+def _by_example(values):
+    """The mean over the labels of each example, (N,), which is one for images."""
+    return values.reshape(len(values), -1).mean(1)

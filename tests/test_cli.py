@@ -37,7 +37,7 @@ def test_help_describes_every_key(name, capsys):
 def test_help_shows_the_nets_and_the_data_sets(capsys):
     text = helped(capsys, "fig1").replace(", ", ",")
     assert all(name in re.search(r"--model \{(.*?)\}", text).group(1) for name in models.MODELS)
-    assert "--dataset {digits,mnist,fashion_mnist,cifar10,cifar100,svhn_cropped,...}" in text
+    assert "--dataset {digits,mnist,fashion_mnist,cifar10,cifar100,svhn_cropped,shakespeare,...}" in text
     assert "--method {lanczos,auto}" in text and "--redraw, --no_redraw" in text.replace(",", ", ")
 
 

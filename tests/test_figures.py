@@ -11,7 +11,7 @@ import scipy.stats
 
 import jaxhess as jh
 from experiments import data, figures, measure, models, plot, run
-from experiments.studies import estimators, fig2, outliers
+from experiments.studies import estimators, fig2, interactions, outliers
 
 MLP = ["model=mlp", "dataset=digits", "epochs=2", "images_per_class=2"]
 
@@ -144,24 +144,101 @@ def test_the_gap_near_the_number_of_classes():
 
 
 def test_the_precision_of_estimators(out, capsys):
-    words = ["probes=100", "images=10,20", "subsets=3", "steps=2,4,16", "draws=1,4", "repeats=2"]
+    words = ["probes=4,60", "images=10,20", "subsets=3", "steps=4,64", "repeats=12", "spectra_repeats=3"]
     printed = ran(out, capsys, "estimators", *words)
     found = numbers(out / "estimators")
     digits = data.load("digits")
     model, trained = figures.net(estimators.Config(epochs=2), "mlp", digits, out / "estimators")
-    batch = measure.measure_batch(digits, 2, {})
-    values = jh.ggn_eigenvalues(models.objective(model), trained.params, batch)
-    gaussian = np.sqrt(2 * np.sum(values**2)) / values.sum()  # of ||J' B e||^2 with e normal
-    ggn = found["probes"][estimators.GGN]
-    assert ggn["gaussian"]["total"] == pytest.approx(gaussian, rel=0.2)
-    assert ggn["rademacher"]["total"] < ggn["gaussian"]["total"]
-    joint = found["probes"][estimators.JOINT]["rademacher"]
-    assert joint["total"] > ggn["rademacher"]["total"] and list(joint) == ["fc1", "fc2", "fc3", "total"]
-    assert found["images_measured"] == 20 and "20 training images" in printed and "Tr G of 3 sets" in printed
+    loss, params, batch = models.objective(model), trained.params, measure.measure_batch(digits, 2, {})
+    traces = found["traces"]
+    assert found["unit"] == "images" and found["measured"] == {"traces": 20, "spectra": 20}
+    # The exact ones: of G from its Gram matrix, of Hess too, since a net with ReLU is linear in each layer.
+    values = {layer: jh.ggn_eigenvalues(loss, params, batch, layer=layer) for layer in ("fc1", "fc2", "fc3")}
+    for layer, some in values.items():
+        assert traces["exact"]["ggn"][layer] == pytest.approx(some.sum(), rel=1e-4)
+    assert traces["exact"]["hessian"] == traces["exact"]["ggn"]
+    assert set(traces["exact"]["ggn"]) == {*values, "total"}
+    # Textbook probes of Hess: 2 (||A||^2 - sum of squares of the diagonal), of which the second part is small here.
+    whole = jh.trace(jh.hessian(loss, params, batch), like=params, key=jax.random.key(1), num_probes=1000)
+    expected = float(whole.std_error) * (1000 / 60) ** 0.5 / traces["exact"]["hessian"]["total"]
+    record = traces["found"]["hessian"]["hutchinson"]["60"]
+    error, kind = estimators.errors(record, traces["exact"]["hessian"])["total"]
+    assert kind == "rms" and error == pytest.approx(expected, rel=0.6)
+    assert traces["found"]["hessian"]["auto"]["60"]["exact"] == [*values, "total"] and " exact" in printed
+    assert "RMS over 12 keys" in printed and "Tr G of 3 sets of images" in printed
+    spectra = found["spectra"]["found"]
+    for layer in ("fc1", "total"):
+        plain, deflated = (np.mean(spectra[weights]["64"]["wasserstein"][layer]) for weights in estimators.WEIGHTS)
+        assert deflated < plain / 2
     assert all(len(record["trace"]["fc2"]) == 3 for record in found["images"].values())
-    steps = [np.mean(record["lambda_max"]) for record in found["lanczos"]["steps"].values()]
-    assert steps[0] > steps[1] > steps[2] and steps[2] < 1e-4
     redraws_alike(out, "estimators")
+    assert run.main(["estimators", "repeats=1", f"out={out / 'one'}"]) == 2
+    assert "repeats must be at least 2" in capsys.readouterr().err
+
+
+def test_errors_of_estimates():
+    record = {"mean": {"a": [9.0, 13.0], "b": [4.0, 4.0], "c": [2.0, 2.0]}, "exact": ["c"]}
+    record["std_error"] = {"a": [0.0, 0.0], "b": [3.0, 5.0], "c": [2e-6, 2e-6]}
+    found = estimators.errors(record, {"a": 10.0, "c": 2.0})
+    assert found["a"] == (pytest.approx(5**0.5 / 10), "rms")
+    assert found["b"] == (pytest.approx(17**0.5 / 4), "std_error")
+    assert found["c"] == (pytest.approx(1e-6), "exact")
+
+
+def test_layers_spread_over_the_depth():
+    layers = list("abcdefg")
+    assert estimators.spread_out(layers, 3) == ["a", "d", "g"] and estimators.spread_out(layers, 2) == ["a", "g"]
+    assert estimators.spread_out(layers, 0) == estimators.spread_out(layers, 9) == layers
+
+
+def test_first_calls_compile_and_later_ones_take_turns():
+    compiled, called = [], []
+
+    def call(name, key):
+        def traced(x):
+            compiled.append(name)
+            return x + 1
+
+        called.append(name)
+        return float(jax.jit(traced)(1.0))
+
+    calls = {name: functools.partial(call, name) for name in "ab"}
+    found = estimators.repeated(calls, 3, jax.random.key(0))
+    assert "".join(called) == "ababab" and compiled[:2] == ["a", "b"]
+    for first, times, results in found.values():
+        assert first > 0 and len(times) == 2 and results == [2.0] * 3
+
+
+def test_layer_interactions(out, capsys):
+    printed = ran(out, capsys, "interactions", "ranked=40")
+    found = numbers(out / "interactions")
+    digits = data.load("digits")
+    model, trained = figures.net(interactions.Config(epochs=2), "mlp", digits, out / "interactions")
+    loss, params, batch = models.objective(model), trained.params, measure.measure_batch(digits, 2, {})
+    norms = np.array(found["map"]["norms"])
+    for i, layer in enumerate(found["map"]["names"]):
+        assert norms[i, i] == pytest.approx(np.sum(jh.ggn_eigenvalues(loss, params, batch, layer=layer) ** 2), rel=1e-4)
+    assert norms.sum() == pytest.approx(found["map"]["squared_norm"][0], rel=1e-5)
+    assert f"off the diagonal blocks: {1 - np.trace(norms) / norms.sum():.1%}" in printed
+    curves = found["examples"]["cumulative"]
+    assert list(curves) == ["fc1", "fc2", "fc3", "total"]
+    for values in curves.values():
+        assert values[0] == 0 and values[-1] == pytest.approx(1) and (np.diff(values, 2) < 1e-9).all()  # concave
+    redraws_alike(out, "interactions")
+    assert run.main(["interactions", *MLP, "ranked=1501", f"out={out / 'many'}"]) == 2
+    assert "ranked=1501 must lie between 1 and the 1500 training examples" in capsys.readouterr().err
+
+
+def test_shares_of_the_hardest():
+    found = interactions.cumulative(np.array([1.0, 6.0, 0.0, 3.0]))
+    np.testing.assert_allclose(found[[0, 25, 50, 75, 100]], [0, 0.6, 0.9, 1, 1])
+    assert found[10] == pytest.approx(0.24)  # between examples it grows evenly
+
+
+def test_the_strongest_pairs():
+    norms = np.array([[4.0, 2.0, 0.0], [2.0, 1.0, 0.5], [0.0, 0.5, 1.0]])
+    found = interactions.pairs(["a", "b", "c"], norms, 2)
+    assert found == [("a", "b", pytest.approx(4 / 11), pytest.approx(1.0)), ("b", "c", pytest.approx(1 / 11), 0.5)]
 
 
 def test_few_images_and_all(out, capsys):

@@ -1,7 +1,7 @@
 """The nets of the experiments, in Flax Linen, by name, and each as an objective.
 
 Every net is called as ``model.apply(variables, images, train=False)`` and gives logits; in training mode those with
-batch norm update the collection "batch_stats".
+batch norm update the collection "batch_stats". A GPT takes characters, as integers (N, T), in place of images.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import flax.linen as nn
 
 from experiments import names
 from experiments.models.densenet import DenseNet
+from experiments.models.gpt import GPT
 from experiments.models.lenet import LeNet
 from experiments.models.mlp import MLP
 from experiments.models.objective import Predict, objective
@@ -33,6 +34,8 @@ MODELS = {
     "resnet18": ResNet18,
     "resnet18_noskip": partial(ResNet18, skip=False),
     "densenet": DenseNet,
+    "gpt": GPT,
+    "gpt_10m": partial(GPT, layers=6, heads=6, width=6.0, context=256),  # as nanoGPT's for characters
 }
 Name = Literal[*MODELS]
 

@@ -20,7 +20,7 @@ class Predict:
     model: nn.Module
 
     def __call__(self, params: PyTree, batch: PyTree) -> jax.Array:
-        """Logits (N, C) of ``batch["image"]``, with the batch statistics ``batch["batch_stats"]`` if there are any."""
+        """Logits (N, C), of text (N, T, C), of ``batch["image"]``, with ``batch["batch_stats"]`` if there are any."""
         variables = {"params": params, "batch_stats": batch.get("batch_stats", {})}
         return self.model.apply(variables, batch["image"], train=False)
 
