@@ -212,6 +212,7 @@ def run_over_training(config: OverTraining, out_dir: pathlib.Path, data_dir: str
         found["epochs"] = np.flatnonzero(due).tolist()
         gap = trained.history["test_error"] - 1 + trained.history["train_accuracy"]
         found.setdefault("gap", []).append(gap.tolist())
+        found.setdefault("train_loss", []).append(trained.history["train_loss"].tolist())
         for metric, values in trained.records.items():
             found.setdefault(metric, []).append(values[due].tolist())
     store.save_json(out_dir / "numbers.json", numbers)

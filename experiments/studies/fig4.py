@@ -34,11 +34,13 @@ def draw(config: Config, out_dir: pathlib.Path) -> None:
     for name, record in numbers.items():
         for metric in ("lambda_max", "trace"):
             print(f"{name}: {metric} {figures.course(record['epochs'], record[f'{metric}/total'])}")
+        if "train_loss" in record:  # which results kept before do not name
+            print(f"{name}: training loss of the last epoch {np.mean(record['train_loss'], 0)[-1]:.3g}")
         measured = [epoch for epoch in record["epochs"] if epoch > 0]
         traces = np.mean(record["trace/total"], 0)[-len(measured) :]
         gaps = np.mean(record["gap"], 0)[np.array(measured) - 1]
         if len(measured) > 2:
-            print(f"{name}: {report.rank_correlation(traces, gaps, f'over {len(measured)} epochs')}")
+            print(f"{name}: {report.rank_correlation_of_series(traces, gaps)}")
     traces, gaps = ([np.mean(record[key], 0)[-1] for record in numbers.values()] for key in ("trace/total", "gap"))
     if len(numbers) > 2:
         print(report.rank_correlation(traces, gaps, f"at the end over {len(numbers)} nets"))

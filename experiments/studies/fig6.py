@@ -35,5 +35,7 @@ def draw(config: Config, out_dir: pathlib.Path) -> None:
         middle = jh.middle_layers(layers)
         inside = sum(layers[i] in middle for i in largest)
         print(f"{name}: closest at epochs {record['epochs']}: {[layers[i] for i in largest]}")
-        print(f"{name}: a middle layer ({middle[0]} to {middle[-1]}) in {inside} of {len(largest)}")
+        chance = len(middle) / len(layers) * len(largest)
+        between = f"{middle[0]} to {middle[-1]}"
+        print(f"{name}: a middle layer ({between}) in {inside} of {len(largest)}, {chance:.1f} by chance")
     plot.save(plot.layers_over_epochs(panels, title), out_dir / "figure.png")
