@@ -39,7 +39,7 @@ def draw(config: Config, out_dir: pathlib.Path) -> None:
         measured = [epoch for epoch in record["epochs"] if epoch > 0]
         traces = np.mean(record["trace/total"], 0)[-len(measured) :]
         gaps = np.mean(record["gap"], 0)[np.array(measured) - 1]
-        if len(measured) > 2:
+        if len(measured) > 3:  # of three epochs there are two steps, which tell nothing
             print(f"{name}: {report.rank_correlation_of_series(traces, gaps)}")
     traces, gaps = ([np.mean(record[key], 0)[-1] for record in numbers.values()] for key in ("trace/total", "gap"))
     if len(numbers) > 2:
