@@ -123,7 +123,7 @@ def test_what_fig1_kept_is_compared_without_training(tmp_path, monkeypatch, caps
     assert run.main(["fig3", "model=mlp", "dataset=digits", "from_fig1=true"]) == 0
     printed = capsys.readouterr().out
     assert "MLP on digits, Hess: test error" in printed and "MLP on digits, G: test error" in printed
-    assert printed.count("1 trainings: not decided") == 6
+    assert printed.count("1 training: not decided") == 6
     found = json.loads((tmp_path / "runs" / "fig3-mlp-digits" / "numbers.json").read_text())
     kept = json.loads((tmp_path / "results" / "fig1-mlp-digits" / "numbers.json").read_text())
     for name, kind in (("Hess", "hessian"), ("G", "ggn")):

@@ -191,4 +191,5 @@ def _print_comparisons(metric, trainings, params, few):
     below = {null: sum(means["as it is"][name] < means[null][name] for name in layers) for null in nulls.NULLS}
     print(f"    closer than all zeros: {below['all zero']} of {len(layers)} layers; than random: {below['random']}")
     verdict = nulls.verdict(trainings, tests=len(nulls.DISTANCES))
-    print(f"    the middle layers are the closest, {len(trainings)} trainings: {verdict}")
+    count = f"{len(trainings)} training{'s' if len(trainings) > 1 else ''}"
+    print(f"    the middle layers are the closest, {count}: {verdict}")
