@@ -133,6 +133,8 @@ def test_what_fig1_kept_is_compared_without_training(tmp_path, monkeypatch, caps
             if metric in nulls.DISTANCES:
                 assert record["comparisons"][metric][0]["as it is"] == pytest.approx(values)
     assert not list((tmp_path / "runs" / "fig3-mlp-digits").glob("net-*"))
+    assert run.main(["fig12", "model=mlp", "dataset=digits", "from_fig1=true", "dry_run=true"]) == 0
+    assert "nothing to train" in capsys.readouterr().out
     assert run.main(["fig3", "model=lenet", "dataset=digits", "from_fig1=true"]) == 2
     assert "run fig1 model=lenet dataset=digits first" in capsys.readouterr().err
 

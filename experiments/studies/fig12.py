@@ -22,5 +22,6 @@ class Config(fig3.Config):
     dataset: data.Names = ("mnist", "fashion_mnist")
 
 
+plan = fig3.plan
 run = fig3.run
 draw = fig3.draw

@@ -25,6 +25,7 @@ import numpy as np
 
 import jaxhess as jh
 from experiments import data, figures, folders, measure, models, nulls, plot, report, statistics, store
+from experiments.plan import Plan
 from experiments.studies import fig1
 
 
@@ -47,6 +48,11 @@ class Config(figures.Config):
     draws: int = 1
     num_steps: int = 128
     from_fig1: bool = False
+
+
+def plan(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> Plan:
+    """The trainings, of which there are none where fig1 kept the spectra."""
+    return Plan({}, out_dir) if config.from_fig1 else figures.plan(config, out_dir, data_dir)
 
 
 def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> None:
