@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import pathlib
 import sys
 import warnings
@@ -72,7 +71,6 @@ def lanczos(stored: hessian) -> Callable:
 def main(folder: str) -> None:
     """Reads the matrices and writes the results."""
     torch.eig = eig
-    torch.set_num_threads(os.cpu_count())
     warnings.filterwarnings("ignore", message=".*create_graph=True.*")
     here, found = pathlib.Path(folder), {}
     wanted = json.loads((here / "trials.json").read_text())
