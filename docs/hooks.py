@@ -41,7 +41,16 @@ REFERENCE = {
         ],
     ),
     "interactions": ("Layer interactions", ["layer_interactions", "Interactions"]),
-    "regulariser": ("Regulariser", ["add_hessian_trace", "hessian_trace_penalty", "HessianTraceState"]),
+    "regulariser": (
+        "Regulariser",
+        [
+            "add_hessian_trace",
+            "add_noise_stability",
+            "hessian_trace_penalty",
+            "HessianTraceState",
+            "NoiseStabilityState",
+        ],
+    ),
     "objectives": (
         "Objectives",
         ["Objective", "cross_entropy", "CrossEntropy", "squared_error", "SquaredError", "Criterion"],

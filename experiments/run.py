@@ -71,7 +71,8 @@ def experiments() -> dict[str, str]:
 def _modules():
     """{experiment: its module}."""
     found = {module.name: f"{studies.__name__}.{module.name}" for module in pkgutil.iter_modules(studies.__path__)}
-    return dict(sorted((found | {"bench": "experiments.bench.study"}).items()))
+    found |= {"bench": "experiments.bench.study", "accuracy": "experiments.bench.accuracy"}
+    return dict(sorted(found.items()))
 
 
 def load(name: str) -> ModuleType:

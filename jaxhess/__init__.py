@@ -9,9 +9,9 @@ Start here: `summarize` measures every layer and the whole net, and prints as a 
 - Spectra: `layer_spectra`, `spectrum`, `lanczos`, `count_outliers`, `wasserstein`, `jensen_shannon`, `kl_divergence`
 - Eigenvalues: `top_eigenpairs`, `ggn_eigenvalues`, `ggn_eigenpairs`
 - Structure: `layer_interactions`, `class_structure`, `layer_class_structures`
-- Penalty: `add_hessian_trace` (for optax), `hessian_trace_penalty`
+- Penalty: `add_hessian_trace` and `add_noise_stability` (for optax), `hessian_trace_penalty`
 - Results: `Summary`, `Record`, `Estimate`, `Spectrum`, `Interactions`, `ClassStructure`, `Tridiagonal`,
-  `HessianTraceState`
+  `HessianTraceState`, `NoiseStabilityState`
 - Modules: `jaxhess.plot` draws, `jaxhess.monitor` measures during training
 """
 
@@ -55,6 +55,8 @@ from jaxhess.spectra import count_outliers as count_outliers
 from jaxhess.spectra import jensen_shannon as jensen_shannon
 from jaxhess.spectra import kl_divergence as kl_divergence
 from jaxhess.spectra import wasserstein as wasserstein
+from jaxhess.stability import NoiseStabilityState as NoiseStabilityState
+from jaxhess.stability import add_noise_stability as add_noise_stability
 from jaxhess.summary import Record as Record
 from jaxhess.summary import Summary as Summary
 from jaxhess.summary import summarize as summarize

@@ -61,12 +61,15 @@ def _best_count(needed):
 
 def _needed(samples, known, plan):
     """How many probes bring the sum to the tolerance, by the deviation of those that there are."""
+    if not np.isfinite(samples).all():
+        return 0
     left = plan.tolerance(known.mean + samples.mean()) ** 2 - known.std_error**2
     if left <= 0:  # zero, or no number of probes is enough
         return len(samples) if known.std_error else plan.max_probes * bool(samples.any())
-    return int(np.ceil(samples.var(ddof=1) / left)) if np.isfinite(samples).all() else 0
+    return int(np.ceil(samples.var(ddof=1) / left))
 
 
+@np.errstate(invalid="ignore")  # samples that are not finite are reported where the estimates arrive
 def _plus(known, samples):
     error = np.hypot(known.std_error, samples.std(ddof=1) / len(samples) ** 0.5)
     return Estimate(known.mean + samples.mean(), error, len(samples), known.method)

@@ -51,9 +51,10 @@ def spectrum(
 
     A start vector sees a single eigenvalue with a random weight, chi^2_1 / dim. With deflated weights, a Ritz value
     that has converged gets its true weight, 1 / dim, and the others share the rest in proportion. This makes the trace,
-    the density and distances far more precise. A quarter as many further steps, from a vector orthogonal to the leading
-    eigenvectors, show which of these eigenvalues are repeated; they keep the weight that was seen. Other repeated
-    eigenvalues are recognised by their weight. With a single draw, one that is repeated only a few times can be missed.
+    the density and distances far more precise. A quarter as many further steps, in the complement of the vectors that
+    were found, show which of these eigenvalues are repeated; they keep the weight that was seen. Where they resolve the
+    rest, they are one more draw of it. Other repeated eigenvalues are recognised by their weight. With a single draw,
+    one that is repeated only a few times can be missed.
 
     Args:
       operator: a symmetric v -> A v, as from `hessian`; `linearize` it first for speed.

@@ -99,7 +99,7 @@ class Penalty:
         check_count("num_probes", self.num_probes)
         if self.curvature not in ("hessian", "ggn"):
             raise ValueError(f"the penalty takes curvature 'hessian' or 'ggn', got {self.curvature!r}")
-        _check_layers(self.layers)
+        check_layers(self.layers)
         sampler(self.probe)
 
     def __call__(self, params: PyTree, batch: PyTree, key: jax.Array) -> tuple[jax.Array, PyTree]:
@@ -110,14 +110,14 @@ class Penalty:
         problem = pose(self.curvature, self.loss, params, batch, self.has_aux)
         loss, params = problem.loss, problem.params
         in_loop = self.num_probes > 1 and _runs_in_loop(loss, params, batch)
-        weights = _leaf_weights(problem, self.layers)
+        weights = leaf_weights(problem, self.layers)
         spec = _Form(loss, self.curvature, sampler(self.probe), self.num_probes, weights, in_loop)
         check_forward_mode(loss, (params, batch), partial(_penalty, spec), (params, batch, key))
         value, gradient = _penalty(spec, params, batch, key)
         return value.astype(at_least_float32(*jax.tree.leaves(params))), gradient
 
 
-def _leaf_weights(problem, layers):
+def leaf_weights(problem, layers):
     """The weight of each leaf of the parameters: one number, or one for each slice of scanned layers."""
     leaves = jax.tree.leaves(problem.params)
     used = used_inputs(program(problem.loss, problem.params, problem.batch))[: len(leaves)]
@@ -147,7 +147,7 @@ def _leaf_weights(problem, layers):
     return tuple(of_leaf(weights.get(i, 0.0), leaf) for i, leaf in enumerate(leaves))
 
 
-def _check_layers(layers):
+def check_layers(layers):
     """ValueError or TypeError for a selection of layers that is wrong whatever the parameters are."""
     if isinstance(layers, str):
         if layers not in ("all", "middle"):
@@ -187,12 +187,15 @@ class _Form:
 
     def scale(self, tree: PyTree, power: float) -> PyTree:
         """Each layer times its weight to this power."""
-        leaves, treedef = jax.tree.flatten(tree)
-        factors = [jnp.asarray(w, x.dtype) ** power for w, x in zip(self.weights, leaves, strict=True)]
-        scaled = [
-            f[0] * x if len(f) == 1 else jax.vmap(jnp.multiply)(f, x) for f, x in zip(factors, leaves, strict=True)
-        ]
-        return jax.tree.unflatten(treedef, scaled)
+        return scaled(tree, self.weights, power)
+
+
+def scaled(tree: PyTree, weights: Sequence, power: float) -> PyTree:
+    """Each layer times its weight, of `leaf_weights`, to this power."""
+    leaves, treedef = jax.tree.flatten(tree)
+    factors = [jnp.asarray(w, x.dtype) ** power for w, x in zip(weights, leaves, strict=True)]
+    found = [f[0] * x if len(f) == 1 else jax.vmap(jnp.multiply)(f, x) for f, x in zip(factors, leaves, strict=True)]
+    return jax.tree.unflatten(treedef, found)
 
 
 @partial(jax.jit, static_argnums=0)

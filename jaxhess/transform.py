@@ -15,7 +15,7 @@ from jaxhess._trees import leaves_finite
 from jaxhess.regularizer import Layers, Penalty
 
 PyTree = Any
-_MISSING = object()
+MISSING = object()
 
 
 class HessianTraceState(NamedTuple):
@@ -116,7 +116,7 @@ def add_hessian_trace(
     """
     schedule = _Schedule.checked(gamma, every, start)
     penalty = Penalty(loss, layers, num_probes, curvature, probe, has_aux)
-    key, impl = _key_data(key)
+    key, impl = key_data(key)
 
     def init_fn(params):
         return HessianTraceState(
@@ -126,9 +126,9 @@ def add_hessian_trace(
             skipped=jnp.zeros((), jnp.int32),
         )
 
-    def update_fn(updates, state, params=None, *others, batch=_MISSING, **extra_args):
+    def update_fn(updates, state, params=None, *others, batch=MISSING, **extra_args):
         del extra_args
-        _check_update(others, params, batch, state.key, key)
+        check_update("add_hessian_trace", others, params, batch, state.key, key)
 
         def penalize():
             step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=impl), state.count)
@@ -181,38 +181,43 @@ def _add(updates, state, gamma, penalty, gradient):
         )
     # Scaled before it is cast: 1e-8 is zero in half precision, and what gamma makes infinite must not pass.
     added = optax.tree.cast_like(jax.tree.map(lambda g: gamma.astype(g.dtype) * g, gradient), updates)
-    valid = jnp.isfinite(penalty) & (gamma >= 0)
-    for finite in leaves_finite(added):
-        valid &= finite
-    added = jax.tree.map(lambda u, a: jnp.where(valid, u + a, u), updates, added)
+    added, valid = add_finite(updates, added, jnp.isfinite(penalty) & (gamma >= 0))
     return added, penalty.astype(state.penalty.dtype), state.skipped + (~valid).astype(state.skipped.dtype)
 
 
-def _check_update(others, params, batch, state_key, key):
+def add_finite(updates: PyTree, added: PyTree, valid: jax.Array) -> tuple[PyTree, jax.Array]:
+    """The updates with what is added where it is valid and finite, and whether it is."""
+    for finite in leaves_finite(added):
+        valid &= finite
+    return jax.tree.map(lambda u, a: jnp.where(valid, u + a, u), updates, added), valid
+
+
+def check_update(name: str, others: tuple, params: PyTree, batch: PyTree, state_key: jax.Array, key: jax.Array) -> None:
     """Raises an error for a call of update that lacks an argument, or whose arguments do not fit together."""
     if others:
         raise TypeError("the batch is given by name: tx.update(grads, state, params, batch=batch)")
     if params is None:
-        raise ValueError("add_hessian_trace needs the parameters: tx.update(grads, state, params, batch=batch)")
-    if batch is _MISSING:
+        raise ValueError(f"{name} needs the parameters: tx.update(grads, state, params, batch=batch)")
+    if batch is MISSING:
         raise ValueError(
-            "add_hessian_trace needs the batch of the step: tx.update(grads, state, params, batch=batch); "
+            f"{name} needs the batch of the step: tx.update(grads, state, params, batch=batch); "
             "TrainState.apply_gradients does not pass it on, so call tx.update and optax.apply_updates instead"
         )
     if jnp.shape(state_key) != jnp.shape(key):
         raise ValueError(
-            f"the state holds a key of shape {jnp.shape(state_key)}, and key= of add_hessian_trace has shape "
+            f"the state holds a key of shape {jnp.shape(state_key)}, and key= of {name} has shape "
             f"{jnp.shape(key)}, of another implementation; use the implementation with which the state was made"
         )
     nodes = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
     if any(isinstance(node, optax.MaskedNode) for node in nodes):
         raise ValueError(
             "some parameters are hidden by optax.masked or optax.multi_transform, and the loss needs them all; "
-            "put add_hessian_trace outside and choose layers with its argument layers="
+            f"put {name} outside and choose layers with its argument layers="
         )
 
 
-def _key_data(key):
+def key_data(key: jax.Array) -> tuple[jax.Array, Any]:
+    """The raw data of a key, which a checkpoint can hold, and its implementation; None for a raw key."""
     check_key(key)
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return jax.random.key_data(key), jax.random.key_impl(key)

@@ -220,6 +220,7 @@ def everything(objective, params, batch):
         "hessian_trace_penalty, ggn": lambda: jh.hessian_trace_penalty(*at, key=KEY, curvature="ggn"),
         "add_hessian_trace": lambda: update(1),
         "add_hessian_trace, jit": lambda: jax.jit(lambda: update(2))(),
+        "add_noise_stability": lambda: stabilise(objective, params, batch),
         "summarize": lambda: str(jh.summarize(*at, num_steps=2, **few)),
         "layer_names": lambda: jh.layer_names(params, objective, batch),
         "subtree": lambda: jh.subtree(params, "fc1"),
@@ -229,6 +230,11 @@ def everything(objective, params, batch):
         "kl_divergence": lambda: jh.kl_divergence(*SPECTRA),
         "count_outliers": lambda: jh.count_outliers(jnp.arange(20.0)),
     }
+
+
+def stabilise(objective, params, batch):
+    tx = jh.add_noise_stability(objective, key=KEY)
+    return tx.update(params, tx.init(params), params, batch=batch)
 
 
 SPECTRA = jh.Spectrum([0.0, 1.0], [0.5, 0.5], 2), jh.Spectrum([0.0, 2.0], [0.5, 0.5], 2)

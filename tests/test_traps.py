@@ -136,6 +136,7 @@ def keyed(key):
         "summarize": lambda: jh.summarize(*at, key=key, num_steps=2, num_probes=2),
         "hessian_trace_penalty": lambda: jh.hessian_trace_penalty(*at, key=key),
         "add_hessian_trace": lambda: jh.add_hessian_trace(P.objective, 1.0, key=key),
+        "add_noise_stability": lambda: jh.add_noise_stability(P.objective, 1.0, key=key),
     }
 
 

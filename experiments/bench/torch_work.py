@@ -117,7 +117,7 @@ def make_net(name: str) -> nn.Module:
     return nn.Sequential(*NETS[name]()).eval()
 
 
-def _eig(matrix, eigenvectors=False):
+def eig(matrix: torch.Tensor, eigenvectors: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """What PyHessian calls of PyTorch, and PyTorch no longer has."""
     values, vectors = torch.linalg.eig(matrix)
     return torch.stack([values.real, values.imag], 1), vectors.real
@@ -125,7 +125,7 @@ def _eig(matrix, eigenvectors=False):
 
 def make_rows(name: str, batch_size: int, num_steps: int) -> dict[str, Callable[[], object]]:
     """{name: the call}."""
-    torch.eig = _eig
+    torch.eig = eig
     torch.manual_seed(0)
     torch.set_num_threads(os.cpu_count())
     net, criterion = make_net(name), nn.CrossEntropyLoss()

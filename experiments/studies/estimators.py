@@ -33,6 +33,7 @@ class Config(figures.Config):
     Attributes:
       probes: numbers of probes of the traces.
       repeats: keys with which each trace is estimated, at least 2; with the first of them it also compiles.
+      tolerance: relative error to which each layer's Tr Hess is found with as many probes as it takes; 0 leaves it out.
       steps: numbers of Lanczos steps of the spectra, with one start vector.
       spectra_repeats: likewise of the spectra.
       spectra_images: training images of each class, or sequences, for the spectra; 0 for as many as for the traces.
@@ -43,6 +44,7 @@ class Config(figures.Config):
 
     probes: tuple[int, ...] = (16, 64)
     repeats: int = 8
+    tolerance: float = 0.1
     steps: tuple[int, ...] = (16, 32, 64, 128)
     spectra_repeats: int = 4
     spectra_images: int = 0
@@ -110,7 +112,30 @@ def _traces(config, loss, params, batch, names, key):
     values = {name: float(truth[name].mean) for name in names}
     same = found["hessian"]["auto"][max(config.probes)]["exact"]  # Hess_l = G_l in these
     exact = {"ggn": values, "hessian": {name: values[name] for name in same}}
-    return {"gradient": second, "exact": exact, "found": found}
+    return {
+        "gradient": second,
+        "exact": exact,
+        "found": found,
+        "to_tolerance": _to_tolerance(config, loss, params, batch, key) if config.tolerance else {},
+    }
+
+
+def _to_tolerance(config, loss, params, batch, key):
+    """{method: {"seconds": [...], "first": seconds, "worst": [...], "met": [...]}} of Tr Hess of all layers.
+
+    The worst relative error of a layer, and the share of the layers in which it is within the tolerance.
+    """
+
+    def call(method, key):
+        return jh.layer_traces(loss, params, batch, key=key, rtol=config.tolerance, method=method)
+
+    found = {}
+    calls = {method: partial(call, method) for method in METHODS}
+    for method, (first, times, estimates) in repeated(calls, config.repeats, key).items():
+        errors = np.array([[float(e.std_error / abs(e.mean)) for e in one.values()] for one in estimates])
+        met = (errors <= config.tolerance).mean(1).tolist()
+        found[method] = {"seconds": times, "first": first, "worst": errors.max(1).tolist(), "met": met}
+    return found
 
 
 def _by_layer(estimates, field, names):
@@ -208,6 +233,7 @@ def draw(config: Config, out_dir: pathlib.Path) -> None:
     print(f"{about}, test loss {numbers['test']['test_loss']:.3f}, test error {numbers['test']['test_error']:.1%}")
     for curvature, words in CURVATURES.items():
         _print_traces(numbers, curvature, words)
+    _print_to_tolerance(config, numbers["traces"])
     _print_spectra(numbers)
     if numbers["images"]:
         _print_images(config, numbers["images"], unit)
@@ -228,6 +254,16 @@ def _print_traces(numbers, curvature, words):
         f"keys (~: standard error, where the exact value is not known)"
     )
     report.print_columns([["", *records], *_times(records.values(), numbers["traces"]["gradient"]), *_cells(found)])
+
+
+def _print_to_tolerance(config, traces):
+    records = {METHODS[method]: record for method, record in traces.get("to_tolerance", {}).items()}
+    if records:
+        print(f"\nTr Hess of each layer to {config.tolerance:.0%}, with as many probes as it takes:")
+        rows = _times(records.values(), traces["gradient"])
+        rows.append(["worst error", *(f"{np.median(r['worst']):.2g}" for r in records.values())])
+        rows.append(["within it", *(f"{np.mean(r['met']):.0%}" for r in records.values())])
+        report.print_columns([["", *records], *rows])
 
 
 def _times(records, gradient):
