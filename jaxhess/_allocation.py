@@ -35,7 +35,7 @@ def share_out(draw: Callable, key: jax.Array, plan: Plan, known: list[Estimate])
         while len(samples) < min(count, plan.max_probes):
             new = draw(draw_keys(mine, len(samples), plan.chunk_size), only)
             samples = np.concatenate([samples, np.asarray(new, np.float64)])
-        return samples
+        return samples[: plan.max_probes]
 
     joint = more(np.zeros((0, len(known))), _FIRST)
     joint = more(joint, _best_count([_needed(x, base, plan) for x, base in zip(joint.T, known, strict=True)]))
@@ -47,7 +47,7 @@ def share_out(draw: Callable, key: jax.Array, plan: Plan, known: list[Estimate])
         if i < len(known) - 1 and _needed(samples[:, i], base, plan) > len(samples):
             samples = more(samples[:0], _ALONE, i)
             while len(samples) < min(needed := _needed(samples[:, i], base, plan), plan.max_probes):
-                samples = more(samples, needed, i)
+                samples = more(samples, min(needed, 2 * len(samples)), i)  # the mean that sets the tolerance may move
         found.append(_plus(base, samples[:, i]))
     return found
 
@@ -64,8 +64,8 @@ def _needed(samples, known, plan):
     if not np.isfinite(samples).all():
         return 0
     left = plan.tolerance(known.mean + samples.mean()) ** 2 - known.std_error**2
-    if left <= 0:  # zero, or no number of probes is enough
-        return len(samples) if known.std_error else plan.max_probes * bool(samples.any())
+    if left <= 0:  # the mean is too near zero for its tolerance, so far
+        return plan.max_probes * bool(samples.any())
     return int(np.ceil(samples.var(ddof=1) / left))
 
 

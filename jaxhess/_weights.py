@@ -7,8 +7,8 @@ the mass in proportion to what was seen.
 A repeated eigenvalue looks like a single one with more weight, chi^2_m / dim, and must keep it. A second, shorter run
 in the complement of the vectors that were found sees its other copies. It is a second draw too, of the rest alone, and
 does not know which values had converged: a start vector finds those first that it sees with more weight, so that what
-it leaves is a little too light. Of eigenvalues that the second run is too short for, weights that are too large for
-single ones are left as they were seen.
+it leaves is a little too light. Eigenvalues that the second run is too short for count as single if none is repeated,
+and if their weights are not too large for single ones.
 """
 
 from __future__ import annotations
@@ -130,7 +130,9 @@ def _matches(draws):
 def _single(draws, matches, dim, check):
     """Those of the matches that are single eigenvalues: that were checked, or whose weights are not too large."""
     known = [match for match in matches if match[0] in check.single]
-    others = [match for match in matches if match[0] not in check.single | check.repeated]
+    if check.repeated:
+        return known  # where some are repeated, others may be, too
+    others = [match for match in matches if match[0] not in check.single]
     seen = np.array([dim * sum(d.weights[i] for d, i in zip(draws, match, strict=True)) for match in others])
     likely = scipy.stats.chi2.sf(seen, len(draws)) > _UNLIKELY
     if scipy.stats.chi2.sf(seen[likely].sum(), max(1, len(draws) * int(likely.sum()))) < _UNLIKELY:

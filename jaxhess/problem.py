@@ -108,7 +108,7 @@ def mean_over(batches: Batches, loss: Callable, params: PyTree, function: Callab
     mean = batches.fold(step)
     if not all(leaves_finite(mean)):
         for batch in batches:
-            _check_values(loss, params, batch)
+            check_values(loss, params, batch)
     return mean
 
 
@@ -148,7 +148,7 @@ def pose(curvature: str, loss: Any, params: PyTree, batch: PyTree, has_aux: bool
     check_batch(problem.first)
     if isinstance(batch, Batches):
         batch.look_ahead()
-    _check_values(loss, params, problem.first)
+    check_values(loss, params, problem.first)
     with hints(params, problem.first):
         value = jax.eval_shape(jax.jit(loss), params, problem.first)
     if not (hasattr(value, "shape") and value.shape == () and jnp.issubdtype(value.dtype, jnp.floating)):
@@ -206,7 +206,7 @@ def _differentiable(params):
     return params
 
 
-def _check_values(loss, params, batch):
+def check_values(loss, params, batch):
     """What an objective's halves say of a batch: shapes, and labels where their values are known."""
     if not isinstance(loss, Objective):
         return

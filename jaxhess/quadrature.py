@@ -61,7 +61,8 @@ def spectrum(
       like: a pytree of arrays like v.
       key: a JAX random key.
       num_steps: Lanczos steps of a draw; fewer are taken if the Krylov space is exhausted. With as many steps as
-        dimensions the result is exact: all eigenvalues, repeated ones too, with weights 1/dim.
+        dimensions the result is exact: all eigenvalues, repeated ones too, with weights 1/dim. With deflated weights
+        four fifths are enough, since as many products are taken.
       num_draws: start vectors. An eigenvalue that all of them have found is one node.
       weights: "deflated", or "plain" for what the start vectors saw.
       reorthogonalize: False keeps three vectors instead of all: enough for the density, but extreme nodes then come
@@ -113,7 +114,9 @@ class Runs:
         return dim if self._takes_all(dim) else min(dim, self.num_steps) * self.num_draws
 
     def _takes_all(self, dim):
-        return self.num_steps >= dim and self.reorthogonalize
+        """Whether all eigenvalues are found, for no more products than the run in the complement takes too."""
+        share = 1 / _SHARE if self.weights == "deflated" else 0
+        return (1 + share) * self.num_steps >= dim and self.reorthogonalize
 
     def quadrature(self, operator: Callable, like: PyTree, key: jax.Array, progress: Any) -> tuple[Spectrum, Run]:
         """The spectrum as the recurrence has it, and what its noise is measured at: the `Run` of the first draw."""
@@ -138,8 +141,8 @@ class Runs:
 
     def _check(self, operator, found, nodes, like, key):
         """What a quarter as many steps find in the complement of the converged Ritz vectors."""
-        steps, values = found.num_steps // _SHARE, converged(nodes)
-        if not steps or not 0 < len(values) < tree_size(like):
+        steps, values = max(1, self.num_steps // _SHARE), converged(nodes)
+        if not 0 < len(values) < tree_size(like):
             return Check()
         _, coefficients, _ = ritz(found.alphas, found.betas)
         places = np.zeros((max(found.num_steps, len(values) + steps), found.num_steps))

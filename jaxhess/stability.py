@@ -51,8 +51,8 @@ def add_noise_stability(
     """Replaces the gradient by its mean at w + u and w - u, with random u: minimises E[L(w + u)].
 
     It adds (grad L(w + u) + grad L(w - u)) / 2 - grad L(w), with u ~ N(0, sigma^2 w_l) in layer l. To second order in
-    sigma this is the gradient of (sigma^2 / 2) sum_l w_l Tr(Hess_l): the Hessian trace penalty with gamma = sigma^2 / 2,
-    without second derivatives. On a quadratic it adds nothing.
+    sigma this is the gradient of (sigma^2 / 2) sum_l w_l Tr(Hess_l): that of the Hessian trace penalty with gamma =
+    sigma^2 / 2, without second derivatives. On a quadratic it adds nothing.
 
     Put it first in the chain, as `add_hessian_trace`. What is said there of ``batch``, dtypes, ``optax.masked`` and
     devices holds here too. A step takes two more gradients, and one that the compiler shares with yours if both are in

@@ -36,7 +36,7 @@ from jaxhess.gram import row_traces
 from jaxhess.layers import Layer
 from jaxhess.objective import NoFactorError, Objective, factored
 from jaxhess.operators import block, linearize, product
-from jaxhess.problem import Problem, pose
+from jaxhess.problem import Problem, check_values, pose
 
 PyTree = Any
 METHODS = ("auto", "hutchinson", "split", "exact")
@@ -74,15 +74,15 @@ def trace(
       max_probes: largest number of probes under a tolerance.
       chunk_size: probes computed at a time; they take the memory of as many products.
       method: "hutchinson" or "xtrace". XTrace takes Gaussian vectors, half as many as products, and holds three times
-        as many vectors like v. Its estimates share their vectors, so that their mean varies up to twice as much as
-        that of independent ones; the standard error says so.
+        as many vectors like v. Its estimates share their vectors, so that the variance of their mean is up to twice
+        that of independent ones; the standard error says so. With as many products as dimensions it is exact.
 
     Returns:
       `Estimate` of scalars. Hutchinson's works under ``jit`` without tolerances.
 
     Raises:
       ValueError: for fewer than one probe, an unknown probe, a negative tolerance, an empty ``like``, or a product that
-        is not finite; for XTrace with a tolerance, or fewer than four products.
+        is not finite; for XTrace with a tolerance, or fewer than eight products.
       TypeError: if ``key`` is not a JAX random key, or for a tolerance or XTrace under ``jit``.
 
     Example:
@@ -115,16 +115,18 @@ def trace(
 def _xtrace(operator, like, key, plan, why):
     if plan.adaptive:
         raise ValueError('XTrace takes no tolerance; give num_probes, or use method="hutchinson"')
-    if plan.num_probes < 4:
-        raise ValueError(f"XTrace takes at least 4 products, got num_probes={plan.num_probes}")
-    count = min(plan.num_probes // 2, tree_size(like))
+    if plan.num_probes < 8:
+        raise ValueError(f"XTrace takes at least 8 products, got num_probes={plan.num_probes}")
     if is_traced(like, key):
         raise TypeError('XTrace cannot run under jit; use method="hutchinson" there')
+    if tree_size(like) <= plan.num_probes:
+        value, error = _columns(operator, like)
+        return Estimate(value, error, 0, "exact")
+    count = plan.num_probes // 2
     found = xtrace(operator, like, draw_keys(key, 0, count))
     if not np.isfinite(found).all():
         raise NotFiniteError(f"products of the operator are not finite: {why()}")
-    error = (2 * found.var(ddof=1) / count) ** 0.5 if count > 1 else np.nan
-    return Estimate(found.mean(), error, 2 * count, "xtrace")
+    return Estimate(found.mean(), (2 * found.var(ddof=1) / count) ** 0.5, 2 * count, "xtrace")
 
 
 def layer_traces(
@@ -158,13 +160,14 @@ def layer_traces(
       batch: any pytree, or `Batches`.
       key: a JAX random key.
       num_probes, probe, rtol, atol, max_probes, chunk_size: as for `trace`; a tolerance must hold for every layer
-        and for the total.
+        and for the total. Under a tolerance, "auto" begins with 16 probes of all layers.
       curvature: "hessian", "ggn" or "functional".
       method: "hutchinson" for probes of that curvature alone. "exact": G from its rows, other curvatures column by
         column, one product for each parameter. "split": Hess as G + H, with probes for those H_l that are not zero.
         "auto": G exactly where an example has at most twice as many outputs as there are probes; Hess by the split
-        where examples do not depend on each other; otherwise by probes. Under a tolerance, layers that would need many
-        probes over all layers get probes of their own. ``Estimate.method`` says which it was.
+        where examples do not depend on each other; otherwise by probes. Layers of a few parameters go column by column.
+        Under a tolerance, layers that would need many probes over all layers get probes of their own.
+        ``Estimate.method`` says which it was.
       has_aux: as for `hessian`.
 
     Returns:
@@ -199,16 +202,27 @@ def traces_of(
     """As `layer_traces`, of a `Problem`."""
     if method == "split" and curvature != "hessian":
         raise ValueError(f"only the Hessian is split, into G and H; ask for {curvature!r} by another method")
+    if method == "split" and not isinstance(problem.loss, Objective):
+        raise TypeError("the split of the Hessian into G and H needs an Objective; make one of predict and criterion")
     if method == "exact":
         return _exact(problem, curvature)
-    auto = method == "auto" and not is_traced(problem.params, problem.first)
-    if auto and curvature == "ggn" and _rows_are_cheap(problem, plan):
-        return _exact(problem, "ggn")
-    if method == "split" or (auto and curvature == "hessian" and _splits(problem)):
-        return _split(problem, key, plan, probe)
-    if auto and plan.adaptive and curvature != "ggn":
-        return _to_tolerance(problem, curvature, key, plan, probe)
-    return _by_probes(problem, curvature, problem.layers, key, plan, probe, method)
+    if method != "auto" or is_traced(problem.params, problem.first):
+        if method == "split":
+            return _split(problem, key, plan, probe)
+        return _by_probes(problem, curvature, problem.layers, key, plan, probe)
+    if curvature == "ggn":
+        if _rows_are_cheap(problem, plan):
+            return _exact(problem, "ggn")
+        return _by_probes(problem, curvature, problem.layers, key, plan, probe, "auto")
+    small = _small_layers(problem, plan)
+    if len(small) == len(problem.layers):
+        return _exact(problem, curvature)
+    if curvature == "hessian" and _splits(problem):
+        found = _split(problem, key, plan, probe)
+    else:
+        by = _to_tolerance if plan.adaptive else partial(_by_probes, layers=problem.layers)
+        found = by(problem, curvature, key=key, plan=plan, probe=probe)
+    return found | _columns_of(problem, curvature, [x for x in small if found[x.name].method != "exact"])
 
 
 def _to_tolerance(problem, curvature, key, plan, probe, known=None):
@@ -255,27 +269,44 @@ def _samples(problem, curvature, layers, probe, method) -> Samples:
 
 def _exact(problem, curvature):
     if curvature == "ggn":
-        found = row_traces(problem)
+        found = {name: Estimate(*pair, 0, "exact") for name, pair in row_traces(problem).items()}
     else:
-        found = {layer.name: _columns(product(curvature, problem), layer, problem.params) for layer in problem.layers}
-    if bad := [name for name, (value, _) in found.items() if not np.isfinite(value)]:
+        found = _columns_of(problem, curvature, problem.layers)
+    if bad := [name for name, e in found.items() if not np.isfinite(e.mean)]:
+        for batch in problem.batch if problem.many else ():
+            check_values(problem.loss, problem.params, batch)  # says what is wrong with it, where it can
         why = why_not_finite(curvature, problem.loss, problem.params, problem.batch)
         raise NotFiniteError(f"exact traces are not finite for {[*bad, 'total']}: {why}")
-    estimates = {name: Estimate(value, error, 0, "exact") for name, (value, error) in found.items()}
-    total = sum(e.mean for e in estimates.values()), sum(e.std_error**2 for e in estimates.values()) ** 0.5
-    return estimates | {"total": Estimate(*total, 0, "exact")}
+    total = sum(e.mean for e in found.values()), sum(e.std_error**2 for e in found.values()) ** 0.5
+    return found | {"total": Estimate(*total, 0, "exact")}
 
 
-def _columns(operator, layer, params):
-    """The trace of a layer's block, column by column, and its rounding."""
-    like = layer.take(params)
-    linear, size = block(operator, layer, optax.tree.zeros_like(params)), tree_size(like)
+def _columns_of(problem, curvature, layers):
+    operator, zeros = product(curvature, problem), optax.tree.zeros_like(problem.params)
+    return {
+        layer.name: Estimate(*_columns(block(operator, layer, zeros), layer.take(problem.params)), 0, "exact")
+        for layer in layers
+    }
+
+
+def _columns(operator, like):
+    """The trace of an operator, column by column, and its rounding."""
     flat, unravel = jax.flatten_util.ravel_pytree(like)
     entries = []
-    for i in range(size):
-        column, _ = jax.flatten_util.ravel_pytree(linear(unravel(jnp.zeros_like(flat).at[i].set(1))))
+    for i in range(flat.size):
+        column, _ = jax.flatten_util.ravel_pytree(operator(unravel(jnp.zeros_like(flat).at[i].set(1))))
         entries.append(float(column[i]))
     return sum(entries), own_eps(like) * float(np.linalg.norm(entries))
+
+
+def _small_layers(problem, plan):
+    """Those that take no more columns in all than probes are asked for; under a tolerance, than it may well take."""
+    left, found = plan.max_probes // 4 if plan.adaptive else plan.num_probes, []
+    for layer in sorted(problem.layers, key=lambda layer: tree_size(layer.arrays(problem.params))):
+        left -= tree_size(layer.arrays(problem.params))
+        if left >= 0:
+            found.append(layer)
+    return found
 
 
 def _rows_are_cheap(problem, plan):

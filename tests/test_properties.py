@@ -250,7 +250,7 @@ def test_lanczos_is_a_quadrature_of_the_start_vectors_measure(values, seed, step
     """m steps see the moments up to 2 m - 1, whatever the eigenvalues: repeated, zero, of either sign."""
     key, like = jax.random.key(seed), np.zeros(8)
     with jax.enable_x64(True):
-        spec = jh.spectrum(helpers.as_operator(values), like=like, key=key, num_steps=steps)
+        spec = jh.spectrum(helpers.as_operator(values), like=like, key=key, num_steps=steps, weights="plain")
         start = np.asarray(random_like(jax.random.fold_in(key, 0), like))
     share = (start / np.linalg.norm(start)) ** 2
     assert len(spec.nodes) <= steps and spec.weights.sum() == pytest.approx(1, abs=1e-12)

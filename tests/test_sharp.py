@@ -76,6 +76,34 @@ def test_outliers_weigh_what_they_must():
     np.testing.assert_allclose(spec.weights[spec.fixed], 1 / DIM, rtol=1e-12)
 
 
+@pytest.mark.parametrize("num_draws", [1, 3])
+@pytest.mark.parametrize("values", [[0] * 195 + [5] * 5, [0] * 180 + [1] * 20, [0] * 180 + [2] * 10 + [5] * 10])
+def test_a_few_values_that_are_repeated_often_keep_their_weight(values, num_draws):
+    """The Krylov space is exhausted after two or three steps."""
+    operator, truth = helpers.as_operator(helpers.rotated(np.array(values, float)).astype(np.float32)), sum(values)
+    z = []
+    for k in range(20):
+        spec = jh.spectrum(operator, like=jnp.zeros(200), key=jax.random.key(k), num_steps=64, num_draws=num_draws)
+        z.append((spec.trace - truth) / spec.std_error("trace"))
+    assert np.sqrt(np.mean(np.square(z))) < 2 and abs(np.mean(z)) < 1
+
+
+@pytest.mark.parametrize("values", [np.repeat(np.geomspace(1e-2, 10, 60), 2), np.repeat(1 / np.arange(1.0, 61), 2)])
+def test_eigenvalues_that_come_in_pairs_are_no_single_ones(values):
+    operator, exact = (
+        helpers.as_operator(helpers.rotated(values).astype(np.float32)),
+        jh.Spectrum.from_eigenvalues(values),
+    )
+    errors, z = {}, []
+    for k in range(20):
+        for weights in ("plain", "deflated"):
+            spec = jh.spectrum(operator, like=jnp.zeros(120), key=jax.random.key(k), num_steps=32, weights=weights)
+            errors.setdefault(weights, []).append(jh.wasserstein(spec, exact))
+        z.append((spec.trace - values.sum()) / spec.std_error("trace"))
+    assert np.mean(errors["deflated"]) < 1.05 * np.mean(errors["plain"])
+    assert np.sqrt(np.mean(np.square(z))) < 1.6
+
+
 def test_draws_are_merged():
     operator = helpers.as_operator(MADE["bulk and outliers"].astype(np.float32))
     spec = jh.spectrum(operator, like=jnp.zeros(DIM), key=jax.random.key(0), num_steps=30, num_draws=3)
@@ -167,21 +195,23 @@ def test_xtrace_is_exact_where_the_range_is_small():
     found = jh.trace(on_tree, like=like, key=jax.random.key(0), num_probes=24, method="xtrace")
     np.testing.assert_allclose(found.mean, 15, rtol=1e-5)
     assert found.std_error < 1e-4
-    assert jh.trace(lambda v: 0 * v, like=jnp.zeros(9), key=jax.random.key(0), method="xtrace").mean == 0
+    assert jh.trace(lambda v: 0 * v, like=jnp.zeros(90), key=jax.random.key(0), method="xtrace").mean == 0
+    few = jh.trace(lambda v: 2 * v, like=jnp.zeros(9), key=jax.random.key(0), method="xtrace")
+    assert few.mean == 18 and few.method == "exact"
 
 
 def test_what_xtrace_cannot_do_is_refused():
     def ask(**options):
-        return jh.trace(lambda v: v, like=jnp.zeros(9), key=jax.random.key(0), method="xtrace", **options)
+        return jh.trace(lambda v: v, like=jnp.zeros(90), key=jax.random.key(0), method="xtrace", **options)
 
     with pytest.raises(ValueError, match="takes no tolerance"):
         ask(rtol=0.1)
-    with pytest.raises(ValueError, match="at least 4 products, got num_probes=3"):
-        ask(num_probes=3)
+    with pytest.raises(ValueError, match="at least 8 products, got num_probes=7"):
+        ask(num_probes=7)
     with pytest.raises(TypeError, match="cannot run under jit"):
         jax.jit(lambda x: jh.trace(lambda v: v, like=x, key=jax.random.key(0), method="xtrace"))(jnp.zeros(9))
     with pytest.raises(ValueError, match="not finite"):
-        jh.trace(lambda v: v / 0, like=jnp.zeros(9), key=jax.random.key(0), method="xtrace")
+        jh.trace(lambda v: v / 0, like=jnp.zeros(90), key=jax.random.key(0), method="xtrace")
 
 
 @pytest.mark.parametrize("curvature", ["hessian", "functional"])

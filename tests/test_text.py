@@ -214,7 +214,7 @@ def ran(out, folder, monkeypatch, capsys, name, *words):
     def small(config):
         return {"layers": 1, "heads": 1, "width": 0.0625, "context": 2}
 
-    monkeypatch.setattr(figures, "_options", small)
+    monkeypatch.setattr(figures, "net_options", small)
     assert run.main([name, f"out={out / name}", f"data_dir={folder}", *WORDS, *words]) == 0
     return capsys.readouterr().out, json.loads((out / name / "numbers.json").read_text())
 

@@ -300,10 +300,13 @@ def test_layer_traces_end_where_a_layer_has_none(curvature):
     objective = jh.Objective(lambda q, b: helpers.affine(q["fc2"], helpers.affine(q["fc1"], b["x"])), jh.cross_entropy)
     batch = p.batch | {"label": p.batch["label"] % 2}
     options = dict(key=jax.random.key(0), num_probes=8, max_probes=64, curvature=curvature, chunk_size=16)
-    found = jh.layer_traces(objective, params, batch, rtol=1e-9, **options)
+    found = jh.layer_traces(objective, params, batch, rtol=1e-9, method="hutchinson", **options)
     assert {e.num_probes for e in found.values()} == {64}
-    found = jh.layer_traces(objective, params, batch, atol=1e3, **options)
+    found = jh.layer_traces(objective, params, batch, atol=1e3, method="hutchinson", **options)
     assert {e.num_probes for e in found.values()} == {8}
+    for tolerance, most in ({"rtol": 1e-9}, 64), ({"atol": 1e3}, 16):
+        found = jh.layer_traces(objective, params, batch, **tolerance, **options)
+        assert max(e.num_probes for e in found.values()) <= most
 
 
 # ---- what is refused ----

@@ -74,7 +74,7 @@ def main(folder: str) -> None:
     warnings.filterwarnings("ignore", message=".*create_graph=True.*")
     here, found = pathlib.Path(folder), {}
     wanted = json.loads((here / "trials.json").read_text())
-    matrices, eigenvalues = np.load(here / "matrices.npz"), np.load(here / "eigenvalues.npz")
+    matrices, eigenvalues = (np.load(here / name, allow_pickle=False) for name in ("matrices.npz", "eigenvalues.npz"))
     for name in matrices:
         matrix = torch.from_numpy(matrices[name])
         data = (torch.zeros(1), torch.zeros(1))
