@@ -103,10 +103,21 @@ def layer_distances(distances: Mapping[str, Mapping[str, Mapping[str, float]]], 
         if same:
             middle = [shared.index(name) for name in jh.middle_layers(shared)]
             axis.axvspan(middle[0] - 0.5, middle[-1] + 0.5, color="0.93", zorder=0)
-        axis.set_ylim(bottom=0)
+        means = [estimate.mean for line in lines.values() for estimate in line.values()]
+        if 0 < 100 * min(means) < max(means):  # large nets: of most layers nothing else could be seen
+            axis.set_yscale("log")
+        else:
+            axis.set_ylim(bottom=0)
         axis.set_title(words, **_STYLE)
-    figure.supxlabel("layer (shaded: the middle ones)" if same else "relative depth", **_STYLE)
-    axes[0].legend(fontsize=7, frameon=False)
+    words = "layer (shaded: the middle ones)" if same else "relative depth"
+    if len(nets) > 3:
+        for axis in axes[2:]:
+            axis.set_xlabel(words, **_STYLE)
+        handles = axes[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=3, fontsize=7, frameon=False)
+    else:
+        figure.supxlabel(words, **_STYLE)
+        axes[0].legend(fontsize=7, frameon=False)
     return figure
 
 

@@ -161,8 +161,8 @@ def draw(config: Config, out_dir: pathlib.Path) -> None:
         for metric, trainings in record.get("comparisons", {}).items():
             _print_comparisons(metric, trainings, record["params"], few)
     title = (
-        f"From each layer's Hessian spectrum to the whole net's: {config.images_per_class} training images a "
-        "class,\n"
+        f"From each layer's {'' if config.from_fig1 else 'Hessian '}spectrum to the whole net's: "
+        f"{config.images_per_class} training images a class,\n"
         f"{figures.how(config)}; trainings: {config.trials}, start vectors: {config.draws}"
     )
     figure = plot.layer_distances({name: record["distances"] for name, record in numbers.items()}, title)
