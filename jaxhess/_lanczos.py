@@ -123,15 +123,20 @@ def lanczos(
     return run(linear, state, basis, restart_key, num_steps)
 
 
-def lanczos_beside(rows: PyTree, count: int, operator: Callable, start: PyTree, num_steps: int) -> Tridiagonal:
+def lanczos_beside(
+    rows: PyTree, count: int, scale: float, operator: Callable, start: PyTree, num_steps: int
+) -> Tridiagonal:
     """As `lanczos`, in the complement of ``count`` orthonormal rows, behind which there is room for ``num_steps`` more.
 
-    With as many rows as another basis has, and of its kind, nothing new is compiled.
+    ``scale`` is the size of the operator, beside which a remainder is zero. With as many rows as another basis has, and
+    of its kind, nothing new is compiled.
     """
     basis = _Basis(rows)
     state = _begin(start, len(jax.tree.leaves(rows)[0]))
     before = state._replace(step=jnp.array(count), vector=optax.tree.zeros_like(state.vector))
-    state = _host_step(basis)(basis, before, state.vector, None)._replace(step=before.step, scale=before.scale)
+    state = _host_step(basis)(basis, before, state.vector, None)._replace(
+        step=before.step, scale=jnp.asarray(scale, before.scale.dtype)
+    )
     if not state.alive:
         return Tridiagonal(np.zeros(1), np.zeros(1), 1, None)  # the rows span the space
     return _run_on_host(as_linear(operator), state, basis, None, num_steps, None, count)

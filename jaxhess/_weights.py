@@ -20,7 +20,9 @@ import scipy.stats
 
 _APART = 0.3  # of the gap to the next Ritz value: residuals below it are those of eigenvalues
 _RELATIVE = 3e-2  # of the value: a cluster that is not resolved yet has residuals as large as it is wide
-_UNLIKELY = 1e-5  # probability of weights as large as these for single eigenvalues
+_UNLIKELY = 1e-5  # probability of a weight as large as this for a single eigenvalue
+_UNLIKELY_ALL = 1e-3  # likewise of all weights together, as where all eigenvalues come in pairs
+_MANY = 0.2  # more eigenvalues in the complement between those that were found, for each of these, are copies
 _SAME = 1e-4  # of the value: nodes of two runs that are this near are one eigenvalue
 _DENSE = 1.5  # 2 sigma of the density, in units of the range / steps: nodes that are as near as this show no bumps
 
@@ -60,13 +62,26 @@ def check(first: Nodes, early: Nodes, rest: Nodes, dim: int) -> Check:
     found = converged(first)
     known = rest.residuals < _RELATIVE * np.abs(rest.nodes)
     near = np.array([_near(first, i, rest) & known for i in found])
-    again = set(found[near.any(1)].tolist())
+    again = set(found[near.any(1)].tolist()) | _hidden(first, found, rest, dim)
     lead = {int(i) for i in found if np.any(_near(first, i, early)[converged(early)])}
     left = Nodes(rest.nodes, rest.weights * (1 - len(found) / dim), rest.residuals, rest.fixed)
     whole = _joined([_exact(first, found, dim), left])
     new = rest.nodes[~near.any(0)]  # the others lie on nodes of the first
     dense = not new.size or np.ptp(new) * len(first.nodes) <= _DENSE * np.ptp(first.nodes) * new.size
     return Check(frozenset(lead - again), frozenset(again), whole if dense else None)
+
+
+def _hidden(first, found, rest, dim):
+    """Found eigenvalues among which the complement has others, though it did not converge to them.
+
+    Between Ritz values that have all converged, the first run has seen nothing else: only the same values again.
+    """
+    hidden: set[int] = set()
+    for run in np.split(found, np.flatnonzero(np.diff(found) > 1) + 1):
+        within = (rest.nodes >= first.nodes[run[0]]) & (rest.nodes <= first.nodes[run[-1]])
+        if (dim - len(found)) * rest.weights[within].sum() > max(1, _MANY * len(run)):
+            hidden.update(run.tolist())
+    return hidden
 
 
 def _near(first, i, other):
@@ -135,6 +150,6 @@ def _single(draws, matches, dim, check):
     others = [match for match in matches if match[0] not in check.single]
     seen = np.array([dim * sum(d.weights[i] for d, i in zip(draws, match, strict=True)) for match in others])
     likely = scipy.stats.chi2.sf(seen, len(draws)) > _UNLIKELY
-    if scipy.stats.chi2.sf(seen[likely].sum(), max(1, len(draws) * int(likely.sum()))) < _UNLIKELY:
+    if scipy.stats.chi2.sf(seen[likely].sum(), max(1, len(draws) * int(likely.sum()))) < _UNLIKELY_ALL:
         return known  # together they are too heavy, as where every eigenvalue is repeated
     return known + [match for match, ok in zip(others, likely, strict=True) if ok]

@@ -151,7 +151,7 @@ class Runs:
         rows = combine(found.basis, places.T)
         if self.reorthogonalize != "host":
             rows = jax.tree.map(jnp.asarray, rows)
-        again = lanczos_beside(rows, len(values), operator, start, steps)
+        again = lanczos_beside(rows, len(values), np.abs(nodes.nodes).max(), operator, start, steps)
         early = _nodes(found.alphas[:steps], found.betas[:steps])
         return check(nodes, early, _nodes(again.alphas, again.betas), tree_size(like))
 

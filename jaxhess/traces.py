@@ -200,6 +200,7 @@ def traces_of(
     problem: Problem, curvature: str, key: jax.Array, plan: Plan, probe: str = "rademacher", method: str = "auto"
 ) -> dict[str, Estimate]:
     """As `layer_traces`, of a `Problem`."""
+    sampler(probe)  # raises an error for an unknown one, also where no probe is drawn
     if method == "split" and curvature != "hessian":
         raise ValueError(f"only the Hessian is split, into G and H; ask for {curvature!r} by another method")
     if method == "split" and not isinstance(problem.loss, Objective):
@@ -296,12 +297,14 @@ def _columns(operator, like):
     for i in range(flat.size):
         column, _ = jax.flatten_util.ravel_pytree(operator(unravel(jnp.zeros_like(flat).at[i].set(1))))
         entries.append(float(column[i]))
-    return sum(entries), own_eps(like) * float(np.linalg.norm(entries))
+    return sum(entries), 10 * own_eps(like) * float(np.linalg.norm(entries))
 
 
 def _small_layers(problem, plan):
     """Those that take no more columns in all than probes are asked for; under a tolerance, than it may well take."""
     left, found = plan.max_probes // 4 if plan.adaptive else plan.num_probes, []
+    if any(automatic(x) is not x for x in jax.tree.leaves((problem.params, problem.first))):
+        return []
     for layer in sorted(problem.layers, key=lambda layer: tree_size(layer.arrays(problem.params))):
         left -= tree_size(layer.arrays(problem.params))
         if left >= 0:

@@ -103,7 +103,7 @@ def test_options_and_batches():
     options = dict(num_probes=4, num_steps=3, has_aux=True, progress=lambda *args: calls.append(args))
     found = jh.summarize(objective, p.params, halves, key=jax.random.key(0), **options)
     assert found["fc1"].trace.method == found["fc1"].ggn_trace.method == "exact"  # H_l is zero
-    assert len(found.spectra["total"].nodes) == 3
+    assert len(found.spectra["total"].nodes) == 4  # one is of the run in the complement
     assert found["fc1"].lambda_max_residual > 0  # three steps were not enough, and it says so
     assert calls == [(i, 6) for i in range(1, 7)]
 
