@@ -14,6 +14,7 @@ import optax
 
 from jaxhess._allocation import share_out
 from jaxhess._checks import NotFiniteError, check_choice, check_key, check_like, is_traced
+from jaxhess._columns import columns, columns_of, small_layers
 from jaxhess._diagnosis import why_not_finite
 from jaxhess._linear import as_linear
 from jaxhess._products import At
@@ -23,7 +24,6 @@ from jaxhess._trees import (
     automatic,
     draw_keys,
     inner,
-    own_eps,
     random_like,
     random_rows,
     sampler,
@@ -120,7 +120,7 @@ def _xtrace(operator, like, key, plan, why):
     if is_traced(like, key):
         raise TypeError('XTrace cannot run under jit; use method="hutchinson" there')
     if tree_size(like) <= plan.num_probes:
-        value, error = _columns(operator, like)
+        value, error = columns(operator, like)
         return Estimate(value, error, 0, "exact")
     count = plan.num_probes // 2
     found = xtrace(operator, like, draw_keys(key, 0, count))
@@ -215,7 +215,7 @@ def traces_of(
         if _rows_are_cheap(problem, plan):
             return _exact(problem, "ggn")
         return _by_probes(problem, curvature, problem.layers, key, plan, probe, "auto")
-    small = _small_layers(problem, plan)
+    small = small_layers(problem, plan)
     if len(small) == len(problem.layers):
         return _exact(problem, curvature)
     if curvature == "hessian" and _splits(problem):
@@ -223,7 +223,7 @@ def traces_of(
     else:
         by = _to_tolerance if plan.adaptive else partial(_by_probes, layers=problem.layers)
         found = by(problem, curvature, key=key, plan=plan, probe=probe)
-    return found | _columns_of(problem, curvature, [x for x in small if found[x.name].method != "exact"])
+    return found | columns_of(problem, curvature, [x for x in small if found[x.name].method != "exact"])
 
 
 def _to_tolerance(problem, curvature, key, plan, probe, known=None):
@@ -272,7 +272,7 @@ def _exact(problem, curvature):
     if curvature == "ggn":
         found = {name: Estimate(*pair, 0, "exact") for name, pair in row_traces(problem).items()}
     else:
-        found = _columns_of(problem, curvature, problem.layers)
+        found = columns_of(problem, curvature, problem.layers)
     if bad := [name for name, e in found.items() if not np.isfinite(e.mean)]:
         for batch in problem.batch if problem.many else ():
             check_values(problem.loss, problem.params, batch)  # says what is wrong with it, where it can
@@ -280,36 +280,6 @@ def _exact(problem, curvature):
         raise NotFiniteError(f"exact traces are not finite for {[*bad, 'total']}: {why}")
     total = sum(e.mean for e in found.values()), sum(e.std_error**2 for e in found.values()) ** 0.5
     return found | {"total": Estimate(*total, 0, "exact")}
-
-
-def _columns_of(problem, curvature, layers):
-    operator, zeros = product(curvature, problem), optax.tree.zeros_like(problem.params)
-    return {
-        layer.name: Estimate(*_columns(block(operator, layer, zeros), layer.take(problem.params)), 0, "exact")
-        for layer in layers
-    }
-
-
-def _columns(operator, like):
-    """The trace of an operator, column by column, and its rounding."""
-    flat, unravel = jax.flatten_util.ravel_pytree(like)
-    entries = []
-    for i in range(flat.size):
-        column, _ = jax.flatten_util.ravel_pytree(operator(unravel(jnp.zeros_like(flat).at[i].set(1))))
-        entries.append(float(column[i]))
-    return sum(entries), 10 * own_eps(like) * float(np.linalg.norm(entries))
-
-
-def _small_layers(problem, plan):
-    """Those that take no more columns in all than probes are asked for; under a tolerance, than it may well take."""
-    left, found = plan.max_probes // 4 if plan.adaptive else plan.num_probes, []
-    if any(automatic(x) is not x for x in jax.tree.leaves((problem.params, problem.first))):
-        return []
-    for layer in sorted(problem.layers, key=lambda layer: tree_size(layer.arrays(problem.params))):
-        left -= tree_size(layer.arrays(problem.params))
-        if left >= 0:
-            found.append(layer)
-    return found
 
 
 def _rows_are_cheap(problem, plan):

@@ -31,7 +31,7 @@ FLOORS = [
     {"_allocation", "_noise", "_samples", "diagonals", "problem"},
     {"_diagnosis", "eigenpairs", "regularizer"},
     {"_rows", "operators", "transform"},
-    {"gram", "stability"},
+    {"_columns", "gram", "stability"},
     {"classes", "interactions", "traces"},
     {"quadrature"},
     {"summary"},

@@ -1,0 +1,49 @@
+"""Traces without probes, column by column, where there are only a few columns."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxhess._trees import automatic, own_eps, tree_size
+from jaxhess.estimates import Estimate, Plan
+from jaxhess.layers import Layer
+from jaxhess.operators import block, product
+from jaxhess.problem import Problem
+
+PyTree = Any
+
+
+def columns_of(problem: Problem, curvature: str, layers: Iterable[Layer]) -> dict[str, Estimate]:
+    """The traces of the blocks of some layers."""
+    operator, zeros = product(curvature, problem), optax.tree.zeros_like(problem.params)
+    return {
+        layer.name: Estimate(*columns(block(operator, layer, zeros), layer.take(problem.params)), 0, "exact")
+        for layer in layers
+    }
+
+
+def columns(operator: Callable, like: PyTree) -> tuple[float, float]:
+    """The trace of an operator, column by column, and its rounding."""
+    flat, unravel = jax.flatten_util.ravel_pytree(like)
+    entries = []
+    for i in range(flat.size):
+        column, _ = jax.flatten_util.ravel_pytree(operator(unravel(jnp.zeros_like(flat).at[i].set(1))))
+        entries.append(float(column[i]))
+    return sum(entries), 10 * own_eps(like) * float(np.linalg.norm(entries))
+
+
+def small_layers(problem: Problem, plan: Plan) -> list[Layer]:
+    """Those that take no more columns in all than probes are asked for; under a tolerance, than it may well take."""
+    left, found = plan.max_probes // 4 if plan.adaptive else plan.num_probes, []
+    if any(automatic(x) is not x for x in jax.tree.leaves((problem.params, problem.first))):
+        return []
+    for layer in sorted(problem.layers, key=lambda layer: tree_size(layer.arrays(problem.params))):
+        left -= tree_size(layer.arrays(problem.params))
+        if left >= 0:
+            found.append(layer)
+    return found
