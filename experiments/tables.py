@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -169,7 +170,7 @@ def _draw_densities(config, numbers, out_dir):
         return
     spectra = store.load_arrays(out_dir / "spectra.npz")
     merged = {arms.ARMS[arm]: {"total": _merged(measure.unpack(spectra, arm).values())} for arm in numbers}
-    words = f"Hessian at the end of training; {title(config, 'mean')}"
+    words = textwrap.fill(f"Hessian at the end of training; {title(config, 'mean')}", 100)
     plot.save(plot.log_densities(merged, words), out_dir / "figure.png")
 
 
