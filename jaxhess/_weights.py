@@ -39,7 +39,7 @@ class Nodes(NamedTuple):
 def plain(draws: list[Nodes]) -> Nodes:
     """The Ritz values of all draws with the weights that were seen."""
     nodes, weights, residuals, _ = _joined(draws)
-    return Nodes(nodes, weights / len(draws), residuals, np.zeros(len(nodes), bool))
+    return _one_each(Nodes(nodes, weights / len(draws), residuals, np.zeros(len(nodes), bool)))
 
 
 class Check(NamedTuple):
@@ -64,7 +64,8 @@ def check(first: Nodes, early: Nodes, rest: Nodes, dim: int) -> Check:
     near = np.array([_near(first, i, rest) & known for i in found])
     again = set(found[near.any(1)].tolist()) | _hidden(first, found, rest, dim)
     lead = {int(i) for i in found if np.any(_near(first, i, early)[converged(early)])}
-    left = Nodes(rest.nodes, rest.weights * (1 - len(found) / dim), rest.residuals, rest.fixed)
+    nodes = np.where(near.any(0), first.nodes[found[near.argmax(0)]], rest.nodes)  # the same eigenvalue is one node
+    left = Nodes(nodes, rest.weights * (1 - len(found) / dim), rest.residuals, rest.fixed)
     whole = _joined([_exact(first, found, dim), left])
     new = rest.nodes[~near.any(0)]  # the others lie on nodes of the first
     dense = not new.size or np.ptp(new) * len(first.nodes) <= _DENSE * np.ptp(first.nodes) * new.size
@@ -108,7 +109,7 @@ def deflated(draws: list[Nodes], dim: int, check: Check) -> Nodes:
         Nodes(d.nodes[i], d.weights[i] * scale, d.residuals[i], np.zeros(len(i), bool))
         for d, i, scale in zip(draws, left, scales, strict=True)
     ]
-    return _joined([exact, *rest])
+    return _one_each(_joined([exact, *rest]))
 
 
 def _exact(draw, indices, dim):
@@ -119,6 +120,12 @@ def _exact(draw, indices, dim):
 
 def _joined(parts):
     return Nodes(*(np.concatenate(x) for x in zip(*parts, strict=True)))
+
+
+def _one_each(found):
+    """What two draws hold as the very same number is one node."""
+    nodes, index, inverse = np.unique(found.nodes, return_index=True, return_inverse=True)
+    return Nodes(nodes, np.bincount(inverse, found.weights), found.residuals[index], found.fixed[index])
 
 
 def converged(draw: Nodes) -> np.ndarray:
