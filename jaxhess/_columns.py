@@ -1,6 +1,6 @@
 """Traces without probes, column by column, where there are only a few columns."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,8 +19,10 @@ from jaxhess.problem import Problem
 PyTree = Any
 
 
-def columns_of(problem: Problem, curvature: str, layers: Iterable[Layer]) -> dict[str, Estimate]:
+def columns_of(problem: Problem, curvature: str, layers: Sequence[Layer]) -> dict[str, Estimate]:
     """The traces of the blocks of some layers."""
+    if not layers:
+        return {}
     operator, zeros = as_linear(product(curvature, problem)), optax.tree.zeros_like(problem.params)
     moved = operator.func.perturbed(jax.random.key(0), own_eps(problem.params), *operator.args)
     found = {}

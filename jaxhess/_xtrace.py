@@ -7,7 +7,6 @@ s_i that is orthogonal to all other columns of R. So the same 2 m products give 
 """
 
 import jax
-import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 
