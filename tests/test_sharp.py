@@ -9,6 +9,7 @@ from helpers import problem
 
 import jaxhess as jh
 from jaxhess import _weights
+from jaxhess._lanczos import lanczos_beside
 
 DIM = 200
 BULK = np.sort(np.random.default_rng(0).uniform(0, 1, DIM))
@@ -85,6 +86,7 @@ def test_a_few_values_that_are_repeated_often_keep_their_weight(values, num_draw
     for k in range(20):
         spec = jh.spectrum(operator, like=jnp.zeros(200), key=jax.random.key(k), num_steps=64, num_draws=num_draws)
         z.append((spec.trace - truth) / spec.std_error("trace"))
+        assert len(np.unique(spec.nodes)) == len(spec.nodes)  # what two draws have found is one node
     assert np.sqrt(np.mean(np.square(z))) < 2 and abs(np.mean(z)) < 1
 
 
@@ -198,6 +200,20 @@ def test_xtrace_is_exact_where_the_range_is_small():
     assert jh.trace(lambda v: 0 * v, like=jnp.zeros(90), key=jax.random.key(0), method="xtrace").mean == 0
     few = jh.trace(lambda v: 2 * v, like=jnp.zeros(9), key=jax.random.key(0), method="xtrace")
     assert few.mean == 18 and few.method == "exact"
+
+
+def test_xtrace_of_the_identity_is_its_dimension():
+    found = jh.trace(lambda v: 1.0 * v, like=jnp.zeros(90), key=jax.random.key(0), num_probes=40, method="xtrace")
+    np.testing.assert_allclose(found.mean, 90, rtol=1e-5)
+
+
+def test_the_complement_of_the_range_of_an_operator_is_zero():
+    values = np.append(np.zeros(DIM - 20), np.arange(1.0, 21))
+    operator = helpers.as_operator(helpers.rotated(values).astype(np.float32))
+    rows = jnp.zeros((30, DIM)).at[:20].set(np.linalg.eigh(helpers.matrix(operator, jnp.zeros(DIM)))[1][:, -20:].T)
+    start = jax.random.normal(jax.random.key(0), (DIM,))
+    found = lanczos_beside(rows, 20, 20.0, operator, start, 10)
+    assert found.num_steps == 1 and abs(found.alphas[0]) < 1e-4
 
 
 def test_what_xtrace_cannot_do_is_refused():
