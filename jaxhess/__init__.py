@@ -3,11 +3,13 @@
 Start here: `summarize` measures every layer and the whole net, and prints as a table.
 
 - Problem: `Objective`, `Criterion`, `CrossEntropy`, `cross_entropy`, `SquaredError`, `squared_error`, `Batches`
-- Layers: `layer_names`, `middle_layers`, `subtree`
-- Products: `hessian`, `ggn`, `functional_hessian`, `linearize`, `aslinearoperator`
+- Layers and groups: `layer_names`, `middle_layers`, `part`, `subtree`
+- Products: `hessian`, `ggn`, `functional_hessian`, `linearize`, `aslinearoperator`, `precondition`,
+  `preconditioner`
 - Traces and diagonals: `layer_traces`, `trace`, `example_traces`, `diagonal`, `ggn_diagonal`
 - Spectra: `layer_spectra`, `spectrum`, `lanczos`, `count_outliers`, `wasserstein`, `jensen_shannon`, `kl_divergence`
-- Eigenvalues: `top_eigenpairs`, `ggn_eigenvalues`, `ggn_eigenpairs`
+- Eigenvalues: `top_eigenpairs`, `subspace_overlap`, `critical_sharpness`, `ggn_eigenvalues`,
+  `ggn_eigenpairs`
 - Structure: `layer_interactions`, `class_structure`, `layer_class_structures`
 - Penalty: `add_hessian_trace` and `add_noise_stability` (for optax), `hessian_trace_penalty`
 - Results: `Summary`, `Record`, `Estimate`, `Spectrum`, `Interactions`, `ClassStructure`, `Tridiagonal`,
@@ -29,6 +31,7 @@ from jaxhess.criteria import SquaredError as SquaredError
 from jaxhess.criteria import cross_entropy as cross_entropy
 from jaxhess.criteria import squared_error as squared_error
 from jaxhess.diagonals import diagonal as diagonal
+from jaxhess.eigenpairs import subspace_overlap as subspace_overlap
 from jaxhess.eigenpairs import top_eigenpairs as top_eigenpairs
 from jaxhess.estimates import Estimate as Estimate
 from jaxhess.gram import example_traces as example_traces
@@ -39,7 +42,6 @@ from jaxhess.interactions import Interactions as Interactions
 from jaxhess.interactions import layer_interactions as layer_interactions
 from jaxhess.layers import layer_names as layer_names
 from jaxhess.layers import middle_layers as middle_layers
-from jaxhess.layers import subtree as subtree
 from jaxhess.objective import Criterion as Criterion
 from jaxhess.objective import Objective as Objective
 from jaxhess.operators import aslinearoperator as aslinearoperator
@@ -47,9 +49,14 @@ from jaxhess.operators import functional_hessian as functional_hessian
 from jaxhess.operators import ggn as ggn
 from jaxhess.operators import hessian as hessian
 from jaxhess.operators import linearize as linearize
+from jaxhess.preconditioning import precondition as precondition
+from jaxhess.preconditioning import preconditioner as preconditioner
 from jaxhess.quadrature import layer_spectra as layer_spectra
 from jaxhess.quadrature import spectrum as spectrum
 from jaxhess.regularizer import hessian_trace_penalty as hessian_trace_penalty
+from jaxhess.selections import part as part
+from jaxhess.selections import subtree as subtree
+from jaxhess.sharpness import critical_sharpness as critical_sharpness
 from jaxhess.spectra import Spectrum as Spectrum
 from jaxhess.spectra import count_outliers as count_outliers
 from jaxhess.spectra import jensen_shannon as jensen_shannon

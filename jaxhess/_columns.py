@@ -12,9 +12,9 @@ import optax
 from jaxhess._linear import as_linear
 from jaxhess._trees import automatic, own_eps, tree_size
 from jaxhess.estimates import Estimate, Plan
-from jaxhess.layers import Layer
 from jaxhess.operators import block, product
 from jaxhess.problem import Problem
+from jaxhess.selections import Layer
 
 PyTree = Any
 

@@ -13,8 +13,9 @@ from jaxhess._linear import not_finite
 from jaxhess._products import At
 from jaxhess._trees import full_precision
 from jaxhess.batches import Batches
-from jaxhess.layers import find_layers, layer_names, whole_net
+from jaxhess.layers import layer_names
 from jaxhess.objective import Objective, as_criterion
+from jaxhess.selections import find_layers, whole_net
 
 PyTree = Any
 

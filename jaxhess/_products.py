@@ -10,46 +10,93 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxhess.layers import Layer
+from jaxhess._checks import standard_promotion
 from jaxhess.objective import as_criterion
+from jaxhess.selections import Layer
 
 PyTree = Any
 
 
-def _hessian_product(loss, fill, point, batch, v):
-    return jax.jvp(jax.grad(lambda q: loss(fill(q), batch)), (point,), (v,))[1]
+# derivative(function, point, v) -> (its value, its derivative along v)
 
 
-def _ggn_product(objective, fill, point, batch, v):
+def _hessian_product(derivative, loss, fill, point, batch, v):
+    return derivative(jax.grad(lambda q: loss(fill(q), batch)), point, v)[1]
+
+
+def _ggn_product(derivative, objective, fill, point, batch, v):
     def predict(q):
         return objective.predict(fill(q), batch)
 
-    outputs, tangent = jax.jvp(predict, (point,), (v,))
+    outputs, tangent = derivative(predict, point, v)
     _, pull = jax.vjp(predict, point)
     return pull(as_criterion(objective.criterion).hessian_product(outputs, batch, tangent))[0]
 
 
-def _functional_product(objective, fill, point, batch, v):
+def _functional_product(derivative, objective, fill, point, batch, v):
     outputs = objective.predict(fill(point), batch)
     slope = jax.grad(objective.criterion)(outputs, batch)
-    return _hessian_product(lambda p, b: jnp.sum(slope * objective.predict(p, b)), fill, point, batch, v)
+    return _hessian_product(derivative, lambda p, b: jnp.sum(slope * objective.predict(p, b)), fill, point, batch, v)
 
 
 _PRODUCTS = {"hessian": _hessian_product, "ggn": _ggn_product, "functional": _functional_product}
 
 
+def _forward(function, point, v):
+    return jax.jvp(function, (point,), (v,))
+
+
+def _central(step, function, point, v):
+    """(f(p + t v) - f(p - t v)) / 2 t, where t v moves the parameters by a relative ``step``."""
+    t = step / relative_norm(v, point)
+    moved = jax.tree.map(lambda x: t.astype(x.dtype) * x, v)
+    there, back = (function(jax.tree.map(move, point, moved)) for move in (jnp.add, jnp.subtract))
+    return function(point), jax.tree.map(lambda a, b: (a - b) / (2 * t).astype(a.dtype), there, back)
+
+
+@standard_promotion
+def relative_norm(v: PyTree, point: PyTree) -> jax.Array:
+    """The norm of v, in each array as a share of the norm of the parameters there; 1 for v = 0.
+
+    An array that is small or zero, like a new bias, counts with a tenth of the root mean square of all.
+    """
+    pairs = list(zip(jax.tree.leaves(v), jax.tree.leaves(point), strict=True))
+    size = sum(p.size for _, p in pairs)
+    mean = sum(jnp.sum(p**2) for _, p in pairs) / size
+    squares = sum(jnp.sum(x**2) / jnp.maximum(jnp.sum(p**2), 0.01 * mean * p.size + 1e-30) for x, p in pairs)
+    return jnp.where(squares > 0, jnp.sqrt(squares), 1)
+
+
 @dataclasses.dataclass(frozen=True)
 class At:
-    """``at(params, batch, v)``: one product of one loss with one layer, for one batch; static under ``jit``."""
+    """``at(params, batch, v)``: one product of one loss with one layer, for one batch; static under ``jit``.
+
+    Attributes:
+      step: None for derivatives in forward mode; else the relative step of central differences.
+    """
 
     curvature: str
     loss: Callable
     layer: Layer
+    step: float | None = None
 
     def __call__(self, params, batch, v):
         point = self.layer.take(params)
+        v = match(v, point)
+        if self.step is None:
+            return self._product(_forward, params, batch, v)
+
+        @jax.custom_jvp
+        def product(v):
+            return self._product(partial(_central, self.step), params, batch, v)
+
+        # A linear function is its own derivative.
+        product.defjvp(lambda primals, tangents: (product(*primals), product(*tangents)))
+        return product(v)
+
+    def _product(self, derivative, params, batch, v):
         fill = partial(self.layer.put, params)
-        return _PRODUCTS[self.curvature](self.loss, fill, point, batch, match(v, point))
+        return _PRODUCTS[self.curvature](derivative, self.loss, fill, self.layer.take(params), batch, v)
 
 
 def match(v: PyTree, point: PyTree) -> PyTree:

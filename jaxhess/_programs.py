@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
 REVERSE_ONLY = (
+    "With differentiation='finite', products are central differences of gradients, which reverse mode gives. "
     "What works as it is: Tr G of an Objective, layer_traces(..., curvature='ggn'), and its Gram matrix, "
-    "ggn_eigenvalues, class_structure and layer_spectra(..., curvature='ggn', method='gram'). For all else give the "
-    "function its rule with jax.custom_jvp, or leave it without one"
+    "ggn_eigenvalues, class_structure and layer_spectra(..., curvature='ggn', method='gram'). Or give the function its "
+    "rule with jax.custom_jvp"
 )
 
 

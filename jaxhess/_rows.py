@@ -16,9 +16,9 @@ from jaxhess._diagnosis import why_not_finite
 from jaxhess._examples import one_example
 from jaxhess._programs import rounding_of
 from jaxhess._trees import automatic, full_precision, jitter, own_eps
-from jaxhess.layers import Layer
 from jaxhess.objective import Objective, factored
 from jaxhess.problem import Problem, outputs_of
+from jaxhess.selections import Layer
 
 PyTree = Any
 _TRIED = 2  # perturbed parameters at which the rounding of rows is seen
@@ -157,9 +157,7 @@ def _rows(loss, of_examples, layers, params, batch, factor, i):
     gradients = jax.vmap(lambda cotangent: pull(cotangent)[0])(cotangents)
 
     def row(layer):
-        arrays = layer._replace(scan_index=None).arrays(gradients)
-        if layer.scan_index is not None:  # the rows stand before the axis of scanned layers
-            arrays = [x[:, layer.scan_index] for x in arrays]
+        arrays = layer.arrays(gradients, axes=1)  # the rows stand in front
         return jnp.concatenate([x.reshape(len(x), -1) for x in arrays], axis=1)
 
     return [row(layer) for layer in layers]

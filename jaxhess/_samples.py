@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jaxhess._checks import standard_promotion
 from jaxhess._products import At
 from jaxhess._trees import fold_in, inner, map_rows, random_like, squared_norm
-from jaxhess.layers import Layer
 from jaxhess.objective import Objective
+from jaxhess.selections import Layer
 
 PyTree = Any
 _GROUPS = 16  # of examples: with more of them the noise between examples is no longer felt
@@ -27,6 +27,7 @@ class ProductSamples:
     at: At
     layers: tuple[Layer, ...]
     distribution: Callable
+    covered: bool = True  # whether the layers add up to what is asked of the whole net
 
     def keys_of_batch(self, keys, number):
         """The same v for every batch: it is v' A v for the mean A."""
@@ -38,9 +39,10 @@ class ProductSamples:
             if only is not None:
                 v = self._part(v, only)
             product_v = self.at(params, batch, v)
-            return [inner(layer.arrays(v), layer.arrays(product_v)) for layer in self.layers]
+            parts = [inner(layer.arrays(v), layer.arrays(product_v)) for layer in self.layers]
+            return parts if self.covered else [*parts, inner(v, product_v)]
 
-        return _with_total(map_rows(one, keys))
+        return _with_total(map_rows(one, keys), self.covered)
 
     def _part(self, v, only):
         """v in the layer of this index and zero elsewhere, or v for -1."""
@@ -60,6 +62,7 @@ class FactorSamples:
     objective: Objective
     layers: tuple[Layer, ...]
     distribution: Callable
+    covered: bool = True  # whether the layers add up to the whole net
     of_examples: tuple[bool, ...] | None = None  # which arrays of the batch hold an entry for each example
 
     def keys_of_batch(self, keys, number):
@@ -76,7 +79,7 @@ class FactorSamples:
         cotangents = jax.vmap(one)(keys)
         count = self._groups(params, outputs, len(keys))
         if count == 1:
-            return _with_total(self._norms(params, batch, cotangents))
+            return _with_total(self._norms(params, batch, cotangents), self.covered)
         cut = jnp.moveaxis(cotangents.reshape(len(keys), count, -1, *outputs.shape[1:]), 1, 0)
         leaves, treedef = jax.tree.flatten(batch)
         split = [
@@ -84,15 +87,16 @@ class FactorSamples:
         ]
         axes = jax.tree.unflatten(treedef, [0 if mine else None for mine in self.of_examples])
         parts = jax.vmap(self._norms, (None, axes, 0))(params, jax.tree.unflatten(treedef, split), cut)
-        return _with_total([part.sum(0) for part in parts])
+        return _with_total([part.sum(0) for part in parts], self.covered)
 
     def _norms(self, params, batch, cotangents):
-        """For each layer (probes,)."""
+        """For each layer (probes,), and for the whole net where the layers do not cover it."""
         pull = jax.vjp(lambda p: self.objective.predict(p, batch), params)[1]
 
         def one(cotangent):
             (gradient,) = pull(cotangent)
-            return [squared_norm(layer.arrays(gradient)) for layer in self.layers]
+            parts = [squared_norm(layer.arrays(gradient)) for layer in self.layers]
+            return parts if self.covered else [*parts, squared_norm(gradient)]
 
         return jax.vmap(one)(cotangents)
 
@@ -109,6 +113,8 @@ Samples = ProductSamples | FactorSamples
 
 
 @standard_promotion
-def _with_total(parts):
+def _with_total(parts, covered):
     parts = jnp.stack(parts, axis=1)
+    if not covered:
+        return parts
     return jnp.concatenate([parts, parts.sum(1, keepdims=True)], axis=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import importlib.metadata
 import os
 import warnings
@@ -35,3 +37,9 @@ def turn_off_stale_matrices(
             f"another jaxlib (0.8.2 or later is right)",
             stacklevel=2,
         )
+
+
+def enable_x64() -> contextlib.AbstractContextManager:
+    """Double precision for a block, under its name of before and after JAX 0.8."""
+    module = jax if hasattr(jax, "enable_x64") else importlib.import_module("jax.experimental")
+    return module.enable_x64(True)

@@ -14,9 +14,10 @@ from jaxhess._checks import check_choice
 from jaxhess._rows import known_outputs
 from jaxhess._trees import own_eps, to_host
 from jaxhess.criteria import CrossEntropy
-from jaxhess.gram import gram_matrices, nonzero
+from jaxhess.gram import gram_matrices, layer_grams, nonzero
 from jaxhess.objective import Objective
 from jaxhess.problem import pose
+from jaxhess.selections import Selection, Selections
 
 PyTree = Any
 
@@ -58,7 +59,7 @@ def class_structure(
     params: PyTree,
     batch: PyTree,
     num_classes: int,
-    layer: str | None = None,
+    layer: Selection = None,
     *,
     weighting: str = "p",
     max_bytes: int = 2**30,
@@ -75,7 +76,7 @@ def class_structure(
       params, has_aux: as for `hessian`.
       batch: one batch with an example of every class.
       num_classes: C, the last axis of the outputs.
-      layer: a name from `layer_names`; by default the whole net.
+      layer: a layer or group, as for `hessian`; by default the whole net.
       weighting: "p": w_i,c' = p_i,c' / N as in Papyan's later paper; or "legacy_sqrt_p": vectors
         sqrt(p_i,c') J_i' (e_c' - p_i) with equal weights 1 / N, as in Papyan 2019 and the code released with the paper.
         Either way the parts add up to G.
@@ -100,8 +101,12 @@ def class_structure(
     structure pervade deep learning spectra, section 4.
     """
     problem = pose("ggn", objective, params, batch, has_aux)
-    layers = problem.parts() if layer is None else [problem.layer(layer)]
-    return _structures(problem, layers, num_classes, weighting, max_bytes, progress, ["total"])["total"]
+    parts = problem.parts() if layer is None else [problem.layer(layer)]
+
+    def grams():
+        return {"total": gram_matrices(problem, parts, max_bytes, progress)[0]["total"]}
+
+    return _structures(problem, grams, num_classes, weighting)["total"]
 
 
 def layer_class_structures(
@@ -111,6 +116,7 @@ def layer_class_structures(
     num_classes: int,
     *,
     weighting: str = "p",
+    layers: Selections = None,
     max_bytes: int = 2**30,
     progress: Callable[[int, int], None] | None = None,
     has_aux: bool = False,
@@ -119,6 +125,7 @@ def layer_class_structures(
 
     Args:
       objective, params, batch, num_classes, weighting, max_bytes, progress, has_aux: as for `class_structure`.
+      layers: which layers or groups; all layers by default, else as for `layer_spectra`.
 
     Returns:
       {layer: `ClassStructure`, ..., "total": ...}, layers in network order.
@@ -137,17 +144,21 @@ def layer_class_structures(
 
     Reference: as `class_structure`; the paper, section 4.
     """
-    problem = pose("ggn", objective, params, batch, has_aux)
-    return _structures(problem, problem.layers, num_classes, weighting, max_bytes, progress)
+    problem = pose("ggn", objective, params, batch, has_aux, layers)
+
+    def grams():
+        return layer_grams(problem, [*(layer.name for layer in problem.layers), "total"], max_bytes, progress)[0]
+
+    return _structures(problem, grams, num_classes, weighting)
 
 
-def _structures(problem, layers, num_classes, weighting, max_bytes, progress, wanted=None):
-    """`ClassStructure` of the wanted layers, by default all, and of all layers together, "total"."""
+def _structures(problem, grams, num_classes, weighting):
+    """{name: `ClassStructure`} of the Gram matrices that ``grams()`` returns."""
     check_choice("weighting", weighting, ("p", "legacy_sqrt_p"))
     probabilities, labels = _probabilities_and_labels(problem, num_classes)
-    grams, _ = gram_matrices(problem, layers, max_bytes, progress)
     weights = (np.ones_like(probabilities) if weighting == "legacy_sqrt_p" else probabilities) / len(labels)
-    return {name: _class_structure(grams[name], weights, labels, own_eps(problem.params)) for name in wanted or grams}
+    eps = own_eps(problem.params)
+    return {name: _class_structure(gram, weights, labels, eps) for name, gram in grams().items()}
 
 
 def _probabilities_and_labels(problem, num_classes):

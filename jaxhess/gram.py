@@ -15,9 +15,9 @@ from jaxhess._checks import NotFiniteError, check_count
 from jaxhess._diagnosis import why_not_finite
 from jaxhess._rows import Rows, known_outputs
 from jaxhess._trees import full_precision, own_eps, to_host
-from jaxhess.layers import Layer
 from jaxhess.objective import NoFactorError, Objective, factored
 from jaxhess.problem import Problem, pose
+from jaxhess.selections import Layer, Selection, Selections
 
 PyTree = Any
 _TRIED = 2  # examples at which the rounding of rows is seen
@@ -28,7 +28,7 @@ def ggn_eigenvalues(
     params: PyTree,
     batch: PyTree,
     *,
-    layer: str | None = None,
+    layer: Selection = None,
     max_bytes: int = 2**30,
     progress: Callable[[int, int], None] | None = None,
     has_aux: bool = False,
@@ -47,7 +47,7 @@ def ggn_eigenvalues(
       objective: an `Objective` with a criterion convex in the outputs.
       params, has_aux: as for `hessian`.
       batch: one batch.
-      layer: a name from `layer_names`; by default the whole net.
+      layer: a layer or group, as for `hessian`; by default the whole net.
       max_bytes: memory for rows of the Jacobian. At least the rows of one example are held; with less memory, rows are
         computed more than once.
       progress: ``progress(done, total)``, counted in examples, again for each time that their rows are computed.
@@ -70,19 +70,20 @@ def ggn_eigenvalues(
     """
     problem = pose("ggn", objective, params, batch, has_aux)
     layers = problem.parts() if layer is None else [problem.layer(layer)]
-    return gram_eigenvalues(problem, layers, ["total"], max_bytes, progress)["total"][0]
+    grams, _ = gram_matrices(problem, layers, max_bytes, progress)
+    return nonzero(grams["total"], 10 * own_eps(problem.params))
 
 
 def gram_eigenvalues(
-    problem: Problem, layers: Sequence[Layer], names: Collection[str], max_bytes: int, progress: Callable | None
+    problem: Problem, names: Collection[str], max_bytes: int, progress: Callable | None
 ) -> dict[str, tuple[np.ndarray, float]]:
-    """The non-zero eigenvalues of G_l of those layers that are named, and of the sum over all if "total" is.
+    """The non-zero eigenvalues of G_l of those layers of a problem that are named, and of the net if "total" is.
 
     Each comes with its rounding, as a share of the largest: of the products, and of the rows themselves.
     """
-    grams, noise = gram_matrices(problem, layers, max_bytes, progress)
+    grams, noise = layer_grams(problem, names, max_bytes, progress)
     least = 10 * own_eps(problem.params)
-    return {name: (nonzero(grams[name], least), max(least, noise[name])) for name in grams if name in names}
+    return {name: (nonzero(gram, least), max(least, noise[name])) for name, gram in grams.items()}
 
 
 def gram_rows(problem: Problem) -> int:
@@ -101,6 +102,23 @@ def nonzero(gram: np.ndarray, rtol: float, scale: float | None = None) -> np.nda
     """Eigenvalues, descending, that are not zero beside the scale: the largest one unless given."""
     values = scipy.linalg.eigvalsh(gram)[::-1]
     return values[values > rtol * (max(values[0], 0) if scale is None else scale)]
+
+
+def layer_grams(
+    problem: Problem, names: Collection[str], max_bytes: int, progress: Callable | None
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """As `gram_matrices`, for those layers of a problem that are named, and for the whole net if "total" is."""
+    layers = [layer for layer in problem.layers if layer.name in names]
+    if "total" not in names:
+        grams, noise = gram_matrices(problem, layers, max_bytes, progress)
+    elif problem.covered or set(layers) <= set(problem.parts()):
+        every = problem.layers if problem.covered else problem.parts()
+        grams, noise = gram_matrices(problem, every, max_bytes, progress)
+    else:  # the layers do not add up to the net
+        grams, noise = gram_matrices(problem, layers, max_bytes, progress)
+        whole = gram_matrices(problem, problem.parts(), max_bytes, progress)
+        grams["total"], noise["total"] = whole[0]["total"], whole[1]["total"]
+    return {name: gram for name, gram in grams.items() if name in names}, noise
 
 
 def gram_matrices(
@@ -194,10 +212,14 @@ def _products(left, right):
 
 
 def row_traces(problem: Problem) -> dict[str, tuple[float, float]]:
-    """{layer: (Tr G_l, its rounding)}, by the squared norms of all rows; over `Batches` the mean of their examples."""
+    """{layer: (Tr G_l, its rounding)}, by the squared norms of all rows; over `Batches` the mean of their examples.
+
+    And of "total", where the layers do not cover the net.
+    """
+    layers = problem.layers if problem.covered else (*problem.layers, problem.whole)
 
     def of(one):
-        return _by_example(Rows.of(one), problem.layers).sum(0)
+        return _by_example(Rows.of(one), layers).sum(0)
 
     def of_batch(batch):
         return of(Problem(problem.loss, problem.params, batch))
@@ -208,7 +230,7 @@ def row_traces(problem: Problem) -> dict[str, tuple[float, float]]:
         why = why_not_finite("ggn", problem.loss, problem.params, problem.batch)
         raise NotFiniteError(f"rows of the Jacobian are not finite: {why}") from None
     eps = 10 * own_eps(problem.params)
-    return {layer.name: (float(x), eps * float(x)) for layer, x in zip(problem.layers, found, strict=True)}
+    return {layer.name: (float(x), eps * float(x)) for layer, x in zip(layers, found, strict=True)}
 
 
 def _mean_of(of, mean, batch, share, number):
@@ -222,7 +244,7 @@ def _by_example(rows, layers):
 
 
 def example_traces(
-    objective: Objective, params: PyTree, batch: PyTree, *, has_aux: bool = False
+    objective: Objective, params: PyTree, batch: PyTree, *, layers: Selections = None, has_aux: bool = False
 ) -> dict[str, np.ndarray]:
     """What each example adds to the trace of every G_l, and of G.
 
@@ -232,6 +254,7 @@ def example_traces(
     Args:
       objective, params, has_aux: as for `hessian`; the criterion must be convex.
       batch: one batch of examples that do not depend on each other.
+      layers: which layers or groups; all layers by default, else as for `layer_spectra`.
 
     Returns:
       {layer: (N,) float64} in network order, and "total"; the sum of an array is the trace.
@@ -249,11 +272,11 @@ def example_traces(
 
     Reference: Papyan 2019, section 2 (G as a sum over examples).
     """
-    problem = pose("ggn", objective, params, batch, has_aux)
+    problem = pose("ggn", objective, params, batch, has_aux, layers)
     rows = _independent_rows(problem)
-    found = _by_example(rows, problem.layers)
-    names = [layer.name for layer in problem.layers]
-    return dict(zip(names, found.T, strict=True)) | {"total": found.sum(1)}
+    found = _by_example(rows, (*problem.layers, *(() if problem.covered else (problem.whole,))))
+    parts = dict(zip([layer.name for layer in problem.layers], found.T, strict=False))
+    return parts | {"total": found.sum(1) if problem.covered else found[:, -1]}
 
 
 def _independent_rows(problem):
@@ -309,7 +332,7 @@ def ggn_eigenpairs(
     batch: PyTree,
     *,
     k: int = 10,
-    layer: str | None = None,
+    layer: Selection = None,
     max_bytes: int = 2**30,
     progress: Callable[[int, int], None] | None = None,
     has_aux: bool = False,

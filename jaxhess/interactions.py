@@ -14,8 +14,9 @@ from jaxhess._checks import check_choice, check_count, check_key
 from jaxhess._products import At
 from jaxhess._trees import draw_keys, full_precision, random_like, sampler, squared_norm
 from jaxhess.gram import gram_matrices
-from jaxhess.operators import product
+from jaxhess.operators import product_at
 from jaxhess.problem import pose
+from jaxhess.selections import Selections
 
 PyTree = Any
 
@@ -57,8 +58,10 @@ def layer_interactions(
     method: str = "auto",
     key: jax.Array | None = None,
     num_probes: int = 64,
+    layers: Selections = None,
     max_bytes: int = 2**30,
     progress: Callable[[int, int], None] | None = None,
+    differentiation: str = "exact",
     has_aux: bool = False,
 ) -> Interactions:
     """The map of layer interactions: ||A_lk||_F^2 for all pairs of layers l and k.
@@ -68,12 +71,13 @@ def layer_interactions(
     ||A_lk||_F^2, one product for each layer and probe.
 
     Args:
-      objective, params, batch, has_aux: as for `hessian`.
+      objective, params, batch, differentiation, has_aux: as for `hessian`.
       curvature: "ggn", "hessian" or "functional".
       method: "exact" from the Gram matrix, for "ggn" and one batch; "hutchinson" for probes; "auto" for the first where
         it is possible.
       key: a JAX random key, for probes.
       num_probes: probes of each layer.
+      layers: which layers or groups; all layers by default, else as for `layer_spectra`.
       max_bytes, progress: as for `ggn_eigenvalues`.
 
     Returns:
@@ -95,7 +99,7 @@ def layer_interactions(
     check_choice("method", method, ("auto", "exact", "hutchinson"))
     if method == "exact" and curvature != "ggn":
         raise ValueError(f"only interactions in G are exact, not those of {curvature!r}; use method='hutchinson'")
-    problem = pose(curvature, objective, params, batch, has_aux)
+    problem = pose(curvature, objective, params, batch, has_aux, layers, differentiation)
     names = [layer.name for layer in problem.layers]
     if method == "exact" or (method == "auto" and curvature == "ggn" and not problem.many):
         grams, _ = gram_matrices(problem, problem.layers, max_bytes, progress)
@@ -103,8 +107,7 @@ def layer_interactions(
         return Interactions(names, stacked @ stacked.T, np.zeros((len(names), len(names))))
     check_key(key)
     check_count("num_probes", num_probes)
-    product(curvature, problem)  # checks that there is one
-    at, distribution = At(curvature, problem.loss, problem.whole), sampler("rademacher")
+    at, distribution = product_at(curvature, problem, problem.whole), sampler("rademacher")
     pushed: list[Any] = [_Pushed(at, layer, distribution) for layer in problem.layers]
     samples = []
     for probe in range(num_probes):

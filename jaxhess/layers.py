@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from jax import tree_util
@@ -23,35 +23,6 @@ from jaxhess.batches import first_batch
 PyTree = Any
 Modules = dict[str, tuple[tuple, tuple[int, ...]]]  # {name: (path, positions of its leaves)}
 _VALUE = tree_util.GetAttrKey("value")  # the arrays of an NNX state end in ".value"
-
-
-class Layer(NamedTuple):
-    """Where a layer's arrays are: positions among the leaves of the tree, and the slice for scanned layers."""
-
-    name: str
-    leaves: tuple[int, ...]
-    treedef: Any  # of its subtree
-    scan_index: int | None
-
-    def take(self, tree: PyTree) -> PyTree:
-        """The layer's part of a tree like the parameters."""
-        return self.unflatten(self.arrays(tree))
-
-    def arrays(self, tree: PyTree) -> list:
-        """The layer's arrays, as a list."""
-        leaves = tree_util.tree_leaves(tree)
-        return [leaves[i] if self.scan_index is None else leaves[i][self.scan_index] for i in self.leaves]
-
-    def unflatten(self, arrays: Sequence) -> PyTree:
-        """The layer's subtree from its arrays."""
-        return tree_util.tree_unflatten(self.treedef, arrays)
-
-    def put(self, tree: PyTree, part: PyTree) -> PyTree:
-        """The tree with this layer's part replaced."""
-        leaves, treedef = tree_util.tree_flatten(tree)
-        for i, new in zip(self.leaves, self.treedef.flatten_up_to(part), strict=True):
-            leaves[i] = new if self.scan_index is None else leaves[i].at[self.scan_index].set(new)
-        return tree_util.tree_unflatten(treedef, leaves)
 
 
 def layer_names(params: PyTree, loss: Callable | None = None, batch: PyTree = None) -> list[str]:
@@ -111,38 +82,17 @@ def middle_layers(names: Sequence[str]) -> list[str]:
     return names[len(names) // 4 : -(-3 * len(names) // 4)]
 
 
-def subtree(params: PyTree, layer: str) -> PyTree:
-    """One layer's part of a parameter tree, for instance {"kernel": ..., "bias": ...}.
-
-    Args:
-      params: a pytree of arrays.
-      layer: a name from `layer_names`; "blocks[3]/attn" takes slice 3 of every array of blocks/attn.
-
-    Returns:
-      The node of the tree; for a module with submodules, a dict of the arrays that it owns itself.
-
-    Raises:
-      ValueError: for an unknown layer; the message lists the layers.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxhess as jh
-      >>> jh.subtree({"fc": {"w": jnp.ones(2)}, "out": {"w": jnp.zeros(1)}}, "out")
-      {'w': Array([0.], dtype=float32)}
-
-    Reference: the paper's w_l; Hess_l is the Hessian with respect to it.
-    """
-    return find_layer(params, layer).take(params)
-
-
 def modules_of(params: PyTree) -> Modules:
     """{name: (path, positions of its leaves)} of every module that owns arrays, empty ones aside."""
     modules: dict[str, tuple[tuple, list[int]]] = {}
     leaves = tree_util.tree_leaves_with_path(params)
     for i, (path, _) in enumerate(leaves):
         owner = _owner(path)
-        found = modules.setdefault(_name(owner), (owner, []))
+        found = modules.setdefault(owner_name(owner), (owner, []))
         if found[0] != owner:
-            raise ValueError(f"two modules have the same name {_name(owner)!r}; rename one (keys with '/' may clash)")
+            raise ValueError(
+                f"two modules have the same name {owner_name(owner)!r}; rename one (keys with '/' may clash)"
+            )
         found[1].append(i)
     sizes = [math.prod(jnp.shape(x)) for _, x in leaves]
     return {name: (owner, tuple(own)) for name, (owner, own) in modules.items() if any(sizes[i] for i in own)}
@@ -150,17 +100,17 @@ def modules_of(params: PyTree) -> Modules:
 
 def ordered_names(params: PyTree, modules: Modules, loss: Callable | None, batch: PyTree) -> list[str]:
     """The names of layers: in network order with a loss, else in natural order."""
-    natural = sorted(modules, key=_natural)
-    if not natural:
+    names = sorted(modules, key=natural)
+    if not names:
         raise ValueError("the parameter tree holds no arrays, so it has no layers")
     if loss is None:
-        return natural
+        return names
     check_arrays(batch)
     with hints(params, batch):
         jaxpr = program(loss, params, batch)
     found = _names_of(first_uses(jaxpr, len(tree_util.tree_leaves(params))), params)
     used = {name: module for name, module in found.items() if module in modules}
-    return list(used) + [name for name in natural if name not in used.values()]
+    return list(used) + [name for name in names if name not in used.values()]
 
 
 def _names_of(uses, params):
@@ -178,11 +128,11 @@ def _names_of(uses, params):
         leaf, index = (use, None) if isinstance(use, int) else use[:2]
         owner = owners[leaf]
         if owner not in siblings:
-            names[_name(owner)] = _name(owner)
+            names[owner_name(owner)] = owner_name(owner)
         elif index is not None:  # even if it is used as a whole too, as in a weight penalty
             module = _common_prefix([owners[i] for i in siblings[owner]]) or owner
-            rest = [_name(owner[len(module) :])] if owner != module else []
-            names["/".join([f"{_name(module)}[{index}]", *rest])] = _name(owner)
+            rest = [owner_name(owner[len(module) :])] if owner != module else []
+            names["/".join([f"{owner_name(module)}[{index}]", *rest])] = owner_name(owner)
     return names
 
 
@@ -193,53 +143,8 @@ def _common_prefix(paths):
     return prefix
 
 
-def find_layer(params: PyTree, name: str, modules: Modules | None = None) -> Layer:
-    """The `Layer` of a name; ValueError that lists the layers for an unknown one."""
-    modules = modules_of(params) if modules is None else modules
-    if not isinstance(name, str):
-        raise TypeError(f"a layer is given by its name, a string, got {name!r}")
-    index, base = None, name
-    if name not in modules and (found := re.search(r"\[(\d+)\]", name)):
-        index, base = int(found[1]), name.replace(found[0], "", 1)
-    if base not in modules:
-        raise ValueError(f"unknown layer {name!r}; the layers are {sorted(modules, key=_natural)}")
-    owner, leaves = modules[base]
-    if index is not None:
-        lengths = {jnp.shape(tree_util.tree_leaves(params)[i])[:1] for i in leaves}
-        if len(lengths) != 1 or lengths == {()} or index >= min(lengths)[0]:
-            raise ValueError(f"unknown layer {name!r}: the arrays of {base!r} have leading axes {sorted(lengths)}")
-    return Layer(name, *_subtree(params, owner, leaves), scan_index=index)
-
-
-def find_layers(params: PyTree, names: Sequence[str], modules: Modules | None = None) -> tuple[Layer, ...]:
-    """The `Layer` of each name. The name "total" is reserved for the whole net."""
-    if isinstance(names, str):
-        raise TypeError(
-            f"layers are given by a list of names, 'all' or 'middle', got the string {names!r}; write [{names!r}]"
-        )
-    if "total" in names:
-        raise ValueError(
-            "'total' names the result of the whole net, which is always included, and is no layer; leave it out "
-            "of the names, and rename a module of this name"
-        )
-    modules = modules_of(params) if modules is None else modules
-    return tuple(find_layer(params, name, modules) for name in names)
-
-
-def whole_net(params: PyTree) -> Layer:
-    """All parameters, as one layer."""
-    leaves, treedef = tree_util.tree_flatten(params)
-    return Layer("total", tuple(range(len(leaves))), treedef, scan_index=None)
-
-
-def chosen_layers(names: Sequence[str], layers: str | Sequence[str] | None) -> Sequence[str]:
-    """The chosen names: all (given in network order), the middle ones, or those that are listed."""
-    if layers is None or layers == "all":
-        return names
-    return middle_layers(names) if layers == "middle" else layers
-
-
-def _natural(name):
+def natural(name: str) -> list:
+    """A key to sort by: numbers by value."""
     return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in re.split(r"(\d+)", name)]
 
 
@@ -251,11 +156,18 @@ def _owner(path):
     return path[:-1] if len(path) > 1 else path
 
 
-def _name(owner):
+def owner_name(owner: tuple) -> str:
+    """The name of the module at a path."""
     return tree_util.keystr(owner, simple=True, separator="/") or "params"
 
 
-def _subtree(params, owner, leaves) -> tuple[tuple[int, ...], Any]:
+def array_name(path: tuple) -> str:
+    """The name of the array at a path."""
+    path = tuple(path)
+    return owner_name(path[:-1] if path and path[-1] == _VALUE else path)
+
+
+def subtree_of(params: PyTree, owner: tuple, leaves: tuple[int, ...]) -> tuple[tuple[int, ...], Any]:
     """The leaves and the structure of a module's subtree: the node itself, or a dict where it has submodules too."""
     treedef: Any = tree_util.tree_structure(params)
     first = leaves[0]  # among the leaves of the node that is reached
@@ -268,5 +180,5 @@ def _subtree(params, owner, leaves) -> tuple[tuple[int, ...], Any]:
     if treedef.num_leaves == len(leaves):
         return leaves, treedef
     paths = [path for path, _ in tree_util.tree_leaves_with_path(params)]
-    own = {_name(tuple(paths[i])[len(owner) :]): i for i in leaves}
+    own = {owner_name(tuple(paths[i])[len(owner) :]): i for i in leaves}
     return tuple(own[key] for key in sorted(own)), tree_util.tree_structure(own)

@@ -21,20 +21,27 @@ from jax.tree_util import Partial
 
 from jaxhess._checks import at_least_float32, check_like, is_traced
 from jaxhess._diagnosis import why_not_finite
+from jaxhess._finite import Step, finite_step, in_precision
 from jaxhess._linear import HostLoopError, Linear, Operator, as_linear
 from jaxhess._products import At, match
 from jaxhess._programs import check_forward_mode
-from jaxhess._trees import jitter, map_rows, to_host
+from jaxhess._trees import jitter, map_rows, own_eps, stack_rows, take_row, to_host
 from jaxhess.batches import Batches, first_batch
-from jaxhess.layers import Layer
 from jaxhess.objective import Objective
 from jaxhess.problem import Problem, compute, mean_over, pose
+from jaxhess.selections import Layer, Selection
 
 PyTree = Any
 
 
 def hessian(
-    loss: Callable, params: PyTree, batch: PyTree, *, layer: str | None = None, has_aux: bool = False
+    loss: Callable,
+    params: PyTree,
+    batch: PyTree,
+    *,
+    layer: Selection = None,
+    differentiation: str = "exact",
+    has_aux: bool = False,
 ) -> Partial:
     """The Hessian as a product: v -> Hess v, or v -> Hess_l v with the diagonal block of one layer.
 
@@ -45,7 +52,11 @@ def hessian(
       loss: ``loss(params, batch) -> scalar``, a mean over examples, such as an `Objective`.
       params: a pytree of floating-point arrays. Half-precision parameters are converted to float32.
       batch: any pytree, or `Batches` for the mean over many batches.
-      layer: a name from `layer_names` for the block of one layer; by default the whole net.
+      layer: a layer or group, for its block: a name from `layer_names`, or anything else that `subtree` takes. By
+        default the whole net.
+      differentiation: "exact", forward over reverse; or "finite", for nets without derivatives in forward mode
+        (``jax.custom_vjp``, as in flash attention): (grad L(w + t v) - grad L(w - t v)) / 2 t. The step t is found by a
+        trial of a dozen. Its error, to which rounding belongs, is part of the residuals of eigenvalues.
       has_aux: whether the loss returns ``(value, aux)``; for an `Objective`, whether ``predict`` returns
         ``(outputs, aux)``.
 
@@ -55,8 +66,8 @@ def hessian(
 
     Raises:
       TypeError: for parameters that are not floating-point, or a loss that does not return a scalar.
-      ValueError: for an unknown layer (the message lists them), parameters that are not finite, an empty or
-        inconsistent batch, labels out of range, or a v of another structure or shape.
+      ValueError: for an unknown layer or a selection of nothing (the message lists the layers), parameters that are not
+        finite, an empty or inconsistent batch, labels out of range, or a v of another structure or shape.
 
     Example:
       >>> import jax.numpy as jnp, jaxhess as jh
@@ -66,11 +77,18 @@ def hessian(
 
     Reference: Pearlmutter 1994, Fast exact multiplication by the Hessian.
     """
-    return pose_product("hessian", loss, params, batch, layer, has_aux)
+    problem = pose("hessian", loss, params, batch, has_aux, None, differentiation)
+    return product("hessian", problem, problem.layer(layer))
 
 
 def ggn(
-    objective: Objective, params: PyTree, batch: PyTree, *, layer: str | None = None, has_aux: bool = False
+    objective: Objective,
+    params: PyTree,
+    batch: PyTree,
+    *,
+    layer: Selection = None,
+    differentiation: str = "exact",
+    has_aux: bool = False,
 ) -> Partial:
     """The generalised Gauss-Newton matrix as a product: v -> J' S J v, or the block G_l of one layer.
 
@@ -79,7 +97,8 @@ def ggn(
 
     Args:
       objective: an `Objective`; a plain loss does not show the two halves that this needs.
-      params, batch, layer, has_aux: as for `hessian`.
+      params, batch, layer, differentiation, has_aux: as for `hessian`. With "finite", derivatives of ``predict``
+        along v are central differences.
 
     Returns:
       A function v -> A v, as `hessian` returns.
@@ -97,11 +116,18 @@ def ggn(
 
     Reference: Schraudolph 2002, Fast curvature matrix-vector products.
     """
-    return pose_product("ggn", objective, params, batch, layer, has_aux)
+    problem = pose("ggn", objective, params, batch, has_aux, None, differentiation)
+    return product("ggn", problem, problem.layer(layer))
 
 
 def functional_hessian(
-    objective: Objective, params: PyTree, batch: PyTree, *, layer: str | None = None, has_aux: bool = False
+    objective: Objective,
+    params: PyTree,
+    batch: PyTree,
+    *,
+    layer: Selection = None,
+    differentiation: str = "exact",
+    has_aux: bool = False,
 ) -> Partial:
     """The Hessian without G, as a product: v -> H v with H = Hess - G, or the block H_l of one layer.
 
@@ -112,7 +138,8 @@ def functional_hessian(
 
     Args:
       objective: an `Objective`; a plain loss does not show the two halves that this needs.
-      params, batch, layer, has_aux: as for `hessian`.
+      params, batch, layer, differentiation, has_aux: as for `hessian`. With "finite", derivatives of ``predict``
+        along v are central differences.
 
     Returns:
       A function v -> A v, as `hessian` returns.
@@ -130,7 +157,8 @@ def functional_hessian(
 
     Reference: Sagun et al. 2018, Empirical analysis of the Hessian of over-parametrized neural networks.
     """
-    return pose_product("functional", objective, params, batch, layer, has_aux)
+    problem = pose("functional", objective, params, batch, has_aux, None, differentiation)
+    return product("functional", problem, problem.layer(layer))
 
 
 def aslinearoperator(operator: Operator, *, like: PyTree) -> scipy.sparse.linalg.LinearOperator:
@@ -177,22 +205,24 @@ def aslinearoperator(operator: Operator, *, like: PyTree) -> scipy.sparse.linalg
     return scipy.sparse.linalg.LinearOperator(shape, matvec, rmatvec=matvec, matmat=matmat, dtype=np.float64)
 
 
-def pose_product(
-    curvature: str, loss: Callable, params: PyTree, batch: PyTree, layer: str | None = None, has_aux: bool = False
-) -> Partial:
-    """The product of one curvature, for the whole net or one layer, from a user's arguments."""
-    problem = pose(curvature, loss, params, batch, has_aux)
-    return product(curvature, problem, problem.layer(layer))
-
-
 def product(curvature: str, problem: Problem, layer: Layer | None = None) -> Partial:
     """The product of a `Problem`, for the whole net by default."""
     layer = problem.whole if layer is None else layer
+    if problem.differentiation == "finite":
+        step = finite_step(curvature, problem, wide=True)
+        made = _Product(At(curvature, problem.loss, layer, step.size), problem.batch if problem.many else None, step)
+    else:
+        made = _Product(product_at(curvature, problem, layer), problem.batch if problem.many else None)
+    return Partial(made, problem.params, None if problem.many else problem.batch)
+
+
+def product_at(curvature: str, problem: Problem, layer: Layer) -> At:
+    """The product of one batch as a function of parameters, batch and v; TypeError where there is none."""
+    if problem.differentiation == "finite":
+        return At(curvature, problem.loss, layer, finite_step(curvature, problem, wide=False).size)
     at, first = At(curvature, problem.loss, layer), (problem.params, problem.first)
     check_forward_mode(problem.loss, first, at, (*first, layer.take(problem.params)))
-    if problem.many:
-        return Partial(_Product(at, problem.batch), problem.params, None)
-    return Partial(_Product(at), problem.params, problem.batch)
+    return at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,18 +231,34 @@ class _Product(Linear):
 
     at: At
     batches: Batches | None = None
+    step: Step | None = None  # of central differences
 
     @property
     def on_host(self):
-        return self.batches is not None
+        return self.batches is not None or (self.step is not None and self.step.wide)
 
     def __call__(self, params, batch, v):
-        return compute(self.at, params, batch, (v,)) if self.batches is None else self._mean(self.at, params, v)
+        if self.batches is None:
+            return self._of_batch(params, batch, v)
+        return self._mean(self.at, params, v)
+
+    def _of_batch(self, params, batch, v):
+        if self.step is None or not self.step.wide:
+            return compute(self.at, params, batch, (v,))
+        if is_traced(params, batch, v):
+            raise HostLoopError(
+                "products by central differences in float64 cannot run under jit, vmap or grad; call them outside, or "
+                "make the operator inside, where they are taken in float32"
+            )
+        return in_precision(True, self.at, params, batch, match(v, self.at.layer.take(params)))
 
     def stacked(self, params, batch, vectors):
         """The products with several vectors; each of many batches is read once for all of them."""
-        if self.batches is None:
+        if self.batches is None and not self.on_host:
             return super().stacked(params, batch, vectors)
+        if self.batches is None:
+            count = len(jax.tree.leaves(vectors)[0])
+            return stack_rows([self(params, batch, take_row(vectors, i)) for i in range(count)])
         return self._mean(_Rows(self.at), params, vectors)
 
     def _mean(self, function, params, v):
@@ -224,9 +270,15 @@ class _Product(Linear):
         return mean_over(self.batches, self.at.loss, params, function, lambda _: (v,))
 
     def perturbed(self, key, size, params, batch):
-        return Partial(self, jitter(key, params, size), batch)
+        if self.step is None:
+            return Partial(self, jitter(key, params, size), batch)
+        # The change to half of the step is larger than the error at either.
+        half = dataclasses.replace(self, at=dataclasses.replace(self.at, step=self.step.size / 2))
+        return Partial(half, jitter(key, params, own_eps(params)), batch)
 
     def rounding(self, params, batch, like):
+        if self.step is not None:
+            return self.step.error
         if self.batches is None:
             return super().rounding(params, batch, like)
         return _Product(self.at).rounding(params, first_batch(self.batches), like)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any
 
@@ -18,8 +18,9 @@ from jaxhess._programs import ends_in_softmax, rounding_of
 from jaxhess._slips import check_batch, check_parameters, hints
 from jaxhess._trees import automatic, full_precision, leaves_finite
 from jaxhess.batches import Batches, first_batch, leading_axis
-from jaxhess.layers import Layer, Modules, chosen_layers, find_layer, find_layers, modules_of, ordered_names, whole_net
+from jaxhess.layers import Modules, modules_of, ordered_names
 from jaxhess.objective import Objective, as_criterion
+from jaxhess.selections import Layer, Selection, Selections, check_selections, find_layer, partition, select, whole_net
 
 PyTree = Any
 CURVATURES = ("hessian", "ggn", "functional")
@@ -33,11 +34,15 @@ class Problem:
       loss: the loss without its aux, an `Objective` or a plain function.
       params: the parameters, at least in float32.
       batch: one batch, or `Batches`.
+      selections: the layers or groups that are asked for; None for all layers.
+      differentiation: "exact", or "finite" for products by central differences.
     """
 
     loss: Any
     params: PyTree
     batch: PyTree
+    selections: Selections = None
+    differentiation: str = "exact"
 
     @cached_property
     def first(self) -> PyTree:
@@ -50,31 +55,37 @@ class Problem:
         return modules_of(self.params)
 
     @cached_property
+    def names(self) -> list[str]:
+        """The names of all layers, in network order."""
+        return ordered_names(self.params, self.modules, self.loss, self.first)
+
+    @cached_property
     def layers(self) -> tuple[Layer, ...]:
-        """All layers, in network order."""
-        names = ordered_names(self.params, self.modules, self.loss, self.first)
-        return find_layers(self.params, names, self.modules)
+        """The layers or groups that are asked for; layers in network order."""
+        return select(self.params, self.selections, self.modules, lambda: self.names)
+
+    @cached_property
+    def covered(self) -> bool:
+        """Whether these hold every parameter once, so that what they add up to is that of the whole net."""
+        return self.selections in (None, "all") or partition(self.params, self.layers)
 
     @cached_property
     def whole(self) -> Layer:
         """The whole net as one layer, "total"."""
         return whole_net(self.params)
 
-    def layer(self, name: str | None) -> Layer:
-        """The layer of a name, or the whole net for None."""
-        return self.whole if name is None else find_layer(self.params, name, self.modules)
+    def layer(self, selection: Selection) -> Layer:
+        """The layer of a selection, or the whole net for None."""
+        return self.whole if selection is None else find_layer(self.params, selection, self.modules)
 
     def parts(self) -> tuple[Layer, ...]:
         """The modules as layers, in no order that costs a look at the loss: for what is summed over all of them."""
-        return find_layers(self.params, list(self.modules), self.modules)
+        return select(self.params, None, self.modules, lambda: list(self.modules))
 
-    def choose(self, layers: str | Sequence[str] | None) -> Collection[str]:
-        """The names of the layers that are asked for; each must be a layer by itself."""
-        known = [layer.name for layer in self.layers]
-        chosen = chosen_layers(known, layers)
-        if missing := [x.name for x in find_layers(self.params, chosen, self.modules) if x.name not in known]:
-            raise ValueError(f"{missing[0]!r} is no layer of its own; choose from {known}")
-        return chosen
+    @cached_property
+    def steps(self) -> dict[tuple[str, bool], Any]:
+        """The steps of central differences, as far as they were looked for."""
+        return {}
 
     @property
     def many(self) -> bool:
@@ -130,12 +141,22 @@ def outputs_of(objective: Objective, params: PyTree, batch: PyTree) -> jax.Array
 # ---- what is checked before the first product ----
 
 
-def pose(curvature: str, loss: Any, params: PyTree, batch: PyTree, has_aux: bool = False) -> Problem:
-    """Checks a loss, its parameters and its batch, once.
+def pose(
+    curvature: str,
+    loss: Any,
+    params: PyTree,
+    batch: PyTree,
+    has_aux: bool = False,
+    selections: Selections = None,
+    differentiation: str = "exact",
+) -> Problem:
+    """Checks a loss, its parameters and its batch, once, and what is selected of the parameters.
 
     Values (NaN, labels) are checked where they are concrete; under ``jit`` a NaN is carried through.
     """
     check_choice("curvature", curvature, CURVATURES)
+    check_choice("differentiation", differentiation, ("exact", "finite"))
+    check_selections(selections)
     loss = _checked_loss(curvature, loss, has_aux)
     params = _differentiable(params)
     weighted = isinstance(loss, Objective) and as_criterion(loss.criterion).weighted
@@ -144,7 +165,7 @@ def pose(curvature: str, loss: Any, params: PyTree, batch: PyTree, has_aux: bool
             "a criterion with weights is a mean by their sums, which Batches cannot know; say them with "
             "Batches(batches, size=lambda batch: ...), the sum of the weights of a batch"
         )
-    problem = Problem(loss, params, batch)
+    problem = Problem(loss, params, batch, selections, differentiation)
     check_batch(problem.first)
     if isinstance(batch, Batches):
         batch.look_ahead()

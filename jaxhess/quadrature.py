@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,7 @@ from jaxhess._weights import Check, Nodes, check, converged, deflated, plain
 from jaxhess.gram import gram_eigenvalues, gram_rows
 from jaxhess.operators import block, linearize, product
 from jaxhess.problem import Problem, pose
+from jaxhess.selections import Selections
 from jaxhess.spectra import Spectrum
 from jaxhess.traces import layers_without_h
 
@@ -193,11 +195,12 @@ def layer_spectra(
     num_draws: int = 1,
     curvature: str = "hessian",
     method: str = "lanczos",
-    layers: str | Sequence[str] | None = None,
+    layers: Selections = None,
     weights: str = "deflated",
     reorthogonalize: bool | str = True,
     max_bytes: int = 2**30,
     progress: Callable[[int, int], None] | None = None,
+    differentiation: str = "exact",
     has_aux: bool = False,
 ) -> dict[str, Spectrum]:
     """The spectrum of every layer's block, and of the whole net.
@@ -207,7 +210,7 @@ def layer_spectra(
 
     Args:
       objective: a loss, or an `Objective` (which "ggn" and "functional" need).
-      params, batch, has_aux: as for `hessian`.
+      params, batch, differentiation, has_aux: as for `hessian`.
       key: a JAX random key.
       num_steps, num_draws, weights, reorthogonalize: as for `spectrum`.
       curvature: "hessian", "ggn" or "functional".
@@ -216,8 +219,9 @@ def layer_spectra(
         (examples times outputs), and Lanczos elsewhere. For the Hessian, it gives the spectrum of each layer whose H_l
         is zero, as in piecewise linear nets, because then Hess_l = G_l. A product of H_l with a random vector decides:
         it must be exactly zero. The residuals of such a spectrum are its rounding; ``num_draws`` does not affect it.
-      layers: "all", "middle" (`middle_layers`), or names; all by default. The choice does not change a layer's
-        spectrum.
+      layers: "all", "middle" (`middle_layers`) or "arrays" (every array by itself); a depth, where 1 joins all layers
+        under one module at the root; a selection, as for `hessian`, for one group; a list of selections, for several;
+        or {name: selection}. All layers by default. Groups may overlap. The choice does not change a layer's spectrum.
       max_bytes: for "gram" and "auto", as for `ggn_eigenvalues`.
       progress: ``progress(done, total)`` in Lanczos steps over all layers. If there is a Gram matrix, its progress
         comes first, with its own total, as for `ggn_eigenvalues`.
@@ -241,9 +245,9 @@ def layer_spectra(
     Reference: Figures 1, 9 and 10 of the paper.
     """
     check_key(key)
-    problem = pose(curvature, objective, params, batch, has_aux)
+    problem = pose(curvature, objective, params, batch, has_aux, layers, differentiation)
     runs = Runs(num_steps, num_draws, reorthogonalize, weights)
-    return spectra_of(problem, curvature, key, runs, method, layers, max_bytes, progress)[0]
+    return spectra_of(problem, curvature, key, runs, method, max_bytes, progress)[0]
 
 
 def spectra_of(
@@ -252,7 +256,6 @@ def spectra_of(
     key: jax.Array,
     runs: Runs,
     method: str,
-    layers: str | Sequence[str] | None,
     max_bytes: int,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[dict[str, Spectrum], set[str]]:
@@ -263,9 +266,7 @@ def spectra_of(
             f"the Gram matrix gives the spectrum of the GGN only, not of {curvature!r}; use 'lanczos', or 'auto' for "
             f"layers in which both agree"
         )
-    chosen = {*problem.choose(layers), "total"}
-    every = enumerate((*problem.layers, problem.whole))
-    parts = {layer.name: (i, layer) for i, layer in every if layer.name in chosen}
+    parts = {layer.name: (_number(problem, layer), layer) for layer in (*problem.layers, problem.whole)}
     exact = set(parts) if method == "gram" else set()
     if method == "auto" and 0 < gram_rows(problem) <= _GRAM_ROWS:
         exact = _equal_to_ggn(problem, curvature, parts, key)
@@ -282,12 +283,19 @@ def spectra_of(
     return {name: spectra[name] for name in parts}, exact
 
 
+def _number(problem, layer):
+    """What is folded into the key for a layer, whatever others are asked for."""
+    if layer is problem.whole:
+        return len(problem.names)
+    if layer.name in problem.names:
+        return problem.names.index(layer.name)
+    return 2**30 + zlib.crc32(layer.name.encode()) % 2**29
+
+
 def _gram_spectra(problem, names, num_steps, max_bytes, progress):
-    # For "total" the sum over all layers is needed.
-    summed = [layer for layer in problem.layers if "total" in names or layer.name in names]
     spectra = {}
-    for name, (values, rounding) in gram_eigenvalues(problem, summed, names, max_bytes, progress).items():
-        layer = next(layer for layer in (*summed, problem.whole) if layer.name == name)
+    for name, (values, rounding) in gram_eigenvalues(problem, names, max_bytes, progress).items():
+        layer = next(layer for layer in (*problem.layers, problem.whole) if layer.name == name)
         spec = Spectrum.from_eigenvalues(values, tree_size(layer.arrays(problem.params)))
         error = np.full(len(spec.nodes), rounding * spec.lambda_max)
         spectra[name] = dataclasses.replace(spec, num_steps=num_steps, residuals=error)

@@ -5,22 +5,28 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from numbers import Number
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxhess._checks import at_least_float32, check_count, check_key
 from jaxhess._programs import check_forward_mode, equations, program, used_inputs
 from jaxhess._trees import UNROLLED, full_precision, inner, random_like, sampler
 from jaxhess.batches import Batches
-from jaxhess.layers import find_layers, middle_layers
 from jaxhess.objective import as_criterion
 from jaxhess.problem import pose
+from jaxhess.selections import Piece, check_selections, name_of, repeated, select
 
 PyTree = Any
-Layers = str | Sequence[str] | Mapping[str, float]
+INSTEAD = (
+    "The penalty is a third derivative and needs them; add_noise_stability flattens with gradients alone, or give the "
+    "function its rule with jax.custom_jvp"
+)
+Weighted = Any  # Selections, or {selection: weight}
 
 
 def hessian_trace_penalty(
@@ -29,7 +35,7 @@ def hessian_trace_penalty(
     batch: PyTree,
     *,
     key: jax.Array,
-    layers: Layers = "all",
+    layers: Weighted = "all",
     num_probes: int = 1,
     curvature: str = "hessian",
     probe: str = "rademacher",
@@ -51,8 +57,8 @@ def hessian_trace_penalty(
       params: a pytree of floating-point arrays. Half precision is converted to float32.
       batch: one batch, any pytree of arrays. `Batches` are refused, because their loop runs on the host.
       key: a JAX random key.
-      layers: "all"; "middle" (`middle_layers` in network order; of three layers, all); names; or {name: weight} with
-        weights >= 0. Name scanned layers as a whole or by slices, not both.
+      layers: "all"; "middle" (`middle_layers` in network order; of three layers, all); groups that do not overlap, as
+        for `layer_spectra`; or {selection: weight} with weights >= 0, such as {"block1": 0.5}.
       num_probes: number of probes. Up to 16 are computed one after another, in the memory of one; more are computed in
         16 groups. The program contains each of these, so it takes longer to compile with more of them. For a net that
         runs in a ``lax.scan``, it contains a loop over the probes instead.
@@ -89,7 +95,7 @@ class Penalty:
     """A penalty, checked as far as is possible without parameters; arguments as for `hessian_trace_penalty`."""
 
     loss: Callable
-    layers: Layers = "all"
+    layers: Weighted = "all"
     num_probes: int = 1
     curvature: str = "hessian"
     probe: str = "rademacher"
@@ -112,66 +118,61 @@ class Penalty:
         in_loop = self.num_probes > 1 and _runs_in_loop(loss, params, batch)
         weights = leaf_weights(problem, self.layers)
         spec = _Form(loss, self.curvature, sampler(self.probe), self.num_probes, weights, in_loop)
-        check_forward_mode(loss, (params, batch), partial(_penalty, spec), (params, batch, key))
+        check_forward_mode(loss, (params, batch), partial(_penalty, spec), (params, batch, key), INSTEAD)
         value, gradient = _penalty(spec, params, batch, key)
         return value.astype(at_least_float32(*jax.tree.leaves(params))), gradient
 
 
 def leaf_weights(problem, layers):
-    """The weight of each leaf of the parameters: one number, or one for each slice of scanned layers."""
+    """((index, weight), ...) of the parts of each leaf of the parameters; the index None stands for the whole leaf."""
     leaves = jax.tree.leaves(problem.params)
     used = used_inputs(program(problem.loss, problem.params, problem.batch))[: len(leaves)]
     if not any(used):
         raise ValueError("the loss does not use the parameters, so its Hessian is zero; check what it closes over")
     if layers == "all":
-        return ((1.0,),) * len(leaves)
-    if layers == "middle":
-        layers = middle_layers([layer.name for layer in problem.layers])
-    named = dict(layers) if isinstance(layers, Mapping) else dict.fromkeys(layers, 1.0)
-    weights: dict[int, Any] = {}  # a float, or {slice: float}
-    for layer in find_layers(problem.params, list(named), problem.modules):
-        for i in layer.leaves:
-            slices = weights.setdefault(i, {})
-            if not isinstance(slices, dict) or (slices and layer.scan_index is None):
-                raise ValueError(f"the layers {list(named)} overlap at {layer.name!r}; name a layer or its slices")
-            if layer.scan_index is None:
-                weights[i] = float(named[layer.name])
-            else:
-                slices[layer.scan_index] = float(named[layer.name])
-    if not any(used[i] for i in weights):
-        raise ValueError(f"the loss uses none of the layers {list(named)}, so the penalty is zero; choose others")
-
-    def of_leaf(weight, leaf):
-        return tuple(weight.get(i, 0.0) for i in range(len(leaf))) if isinstance(weight, dict) else (weight,)
-
-    return tuple(of_leaf(weights.get(i, 0.0), leaf) for i, leaf in enumerate(leaves))
+        return (((None, 1.0),),) * len(leaves)
+    weights, selections = {}, layers
+    if isinstance(layers, Mapping):
+        weights = {name_of(name): float(value) for name, value in layers.items() if _is_number(value)}
+        selections = {name_of(name): name if _is_number(value) else value for name, value in layers.items()}
+    chosen = select(problem.params, selections, problem.modules, lambda: problem.names)
+    if twice := repeated(problem.params, [piece for layer in chosen for piece in layer.pieces]):
+        path = jax.tree_util.keystr(jax.tree_util.tree_leaves_with_path(problem.params)[twice[0]][0])
+        raise ValueError(
+            f"the layers {[layer.name for layer in chosen]} overlap at {path!r}; name each parameter once, a layer or "
+            f"its slices"
+        )
+    entries: list[list] = [[] for _ in leaves]
+    for layer in chosen:
+        for piece in layer.pieces:
+            entries[piece.leaf].append((piece.at, weights.get(layer.name, 1.0)))
+    if not any(mine and used[i] for i, mine in enumerate(entries)):
+        names = [layer.name for layer in chosen]
+        raise ValueError(f"the loss uses none of the layers {names}, so the penalty is zero; choose others")
+    return tuple(tuple(mine) for mine in entries)
 
 
 def check_layers(layers):
     """ValueError or TypeError for a selection of layers that is wrong whatever the parameters are."""
-    if isinstance(layers, str):
-        if layers not in ("all", "middle"):
-            raise ValueError(f"layers must be 'all', 'middle', a list of names or {{name: weight}}, got {layers!r}")
-        return
-    if not isinstance(layers, (Mapping, Sequence)):
-        raise TypeError(f"layers must be 'all', 'middle', a list of names or {{name: weight}}, got {layers!r}")
-    if not layers:
-        raise ValueError("layers selects no layer; name at least one, or use 'all'")
+    check_selections(layers)
     if isinstance(layers, Mapping):
         if any(isinstance(weight, jax.core.Tracer) for weight in layers.values()):
             raise TypeError("weights of layers are part of the program and cannot be traced; vary gamma instead")
-        bad = {name: weight for name, weight in layers.items() if not _is_weight(weight)}
+        weights = {name: weight for name, weight in layers.items() if _is_number(weight)}
+        bad = {name: weight for name, weight in weights.items() if not _is_weight(weight)}
         if bad:
             raise ValueError(f"weights of layers must be finite and not negative, got {bad}")
-        if not any(layers.values()):
+        if len(weights) == len(layers) and not any(weights.values()):
             raise ValueError("the weights of all layers are zero; give at least one layer a weight")
 
 
+def _is_number(value):
+    """Whether a value of {name: value} is a weight, and no selection."""
+    return isinstance(value, Number) or (hasattr(value, "dtype") and np.ndim(value) == 0)
+
+
 def _is_weight(weight):
-    try:
-        return 0 <= float(weight) < float("inf")
-    except (TypeError, ValueError):
-        return False
+    return not isinstance(weight, (bool, complex)) and 0 <= float(weight) < float("inf")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +183,7 @@ class _Form:
     curvature: str
     distribution: Callable
     num_probes: int
-    weights: tuple[tuple[float, ...], ...]
+    weights: tuple[tuple[tuple, ...], ...]
     in_loop: bool
 
     def scale(self, tree: PyTree, power: float) -> PyTree:
@@ -193,9 +194,21 @@ class _Form:
 def scaled(tree: PyTree, weights: Sequence, power: float) -> PyTree:
     """Each layer times its weight, of `leaf_weights`, to this power."""
     leaves, treedef = jax.tree.flatten(tree)
-    factors = [jnp.asarray(w, x.dtype) ** power for w, x in zip(weights, leaves, strict=True)]
-    found = [f[0] * x if len(f) == 1 else jax.vmap(jnp.multiply)(f, x) for f, x in zip(factors, leaves, strict=True)]
+    found = [_scaled_leaf(x, entries, power) for x, entries in zip(leaves, weights, strict=True)]
     return jax.tree.unflatten(treedef, found)
+
+
+def _scaled_leaf(x, entries, power):
+    """An array times the weight of each of its parts; zero where no part is named."""
+    if not entries:
+        return jnp.zeros_like(x)
+    if entries[0][0] is None:
+        return jnp.asarray(entries[0][1], x.dtype) ** power * x
+    slices = all(len(index) == 1 and isinstance(index[0], int) for index, _ in entries)
+    factor = jnp.zeros(x.shape[:1] if slices else x.shape, x.dtype)
+    for index, weight in entries:
+        factor = factor.at[Piece(0, index).key()].set(jnp.asarray(weight, x.dtype) ** power)
+    return jax.vmap(jnp.multiply)(factor, x) if slices else factor * x
 
 
 @partial(jax.jit, static_argnums=0)

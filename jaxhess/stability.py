@@ -12,7 +12,7 @@ import optax
 
 from jaxhess._trees import full_precision, random_like
 from jaxhess.problem import pose
-from jaxhess.regularizer import Layers, check_layers, leaf_weights, scaled
+from jaxhess.regularizer import Weighted, check_layers, leaf_weights, scaled
 from jaxhess.transform import MISSING, add_finite, check_update, key_data
 
 PyTree = Any
@@ -45,7 +45,7 @@ def add_noise_stability(
     sigma: float = 1e-2,
     *,
     key: jax.Array,
-    layers: Layers = "all",
+    layers: Weighted = "all",
     has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces the gradient by its mean at w + u and w - u, with random u: minimises E[L(w + u)].
@@ -62,7 +62,7 @@ def add_noise_stability(
       loss: ``loss(params, batch) -> scalar``.
       sigma: standard deviation of the noise, > 0.
       key: a JAX random key; the noise of a step is that of ``fold_in(key, count)``.
-      layers: "all", "middle", a list of names, or {name: weight}, as for `hessian_trace_penalty`.
+      layers: as for `hessian_trace_penalty`.
       has_aux: as for `hessian`.
 
     Returns:

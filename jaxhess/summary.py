@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import html
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from jaxhess.estimates import Estimate, Plan
 from jaxhess.objective import NoFactorError, Objective
 from jaxhess.problem import pose
 from jaxhess.quadrature import Runs, spectra_of
+from jaxhess.selections import Selections
 from jaxhess.spectra import Spectrum, count_outliers, outlier_range, wasserstein
 from jaxhess.traces import traces_of
 
@@ -174,10 +175,11 @@ def summarize(
     num_probes: int = 64,
     num_steps: int = 64,
     method: str = "auto",
-    layers: str | Sequence[str] | None = None,
+    layers: Selections = None,
     chunk_size: int = 8,
     max_bytes: int = 2**30,
     progress: Callable[[int, int], None] | None = None,
+    differentiation: str = "exact",
     has_aux: bool = False,
 ) -> Summary:
     """The curvature of every layer and of the whole net, as a table.
@@ -188,13 +190,13 @@ def summarize(
 
     Args:
       objective: an `Objective`; a plain loss gives a table without Tr G.
-      params, batch, has_aux: as for `hessian`.
+      params, batch, differentiation, has_aux: as for `hessian`.
       key: a JAX random key; the spectra are those of `layer_spectra` with the same key.
       num_probes: probes of each trace that is not exact.
       num_steps: Lanczos steps of each spectrum. The residuals next to lambda_max and lambda_min say whether they
         were enough.
       method: how spectra are computed: "auto", exact where possible, or "lanczos"; as for `layer_spectra`.
-      layers: "all", "middle" (`middle_layers`), or names; all by default.
+      layers: which layers or groups; all layers by default, else as for `layer_spectra`.
       chunk_size: probes at a time, as for `layer_traces`; fewer need less memory.
       max_bytes, progress: as for `layer_spectra`.
 
@@ -216,8 +218,8 @@ def summarize(
     """
     check_key(key)
     plan, runs = Plan(num_probes, chunk_size=chunk_size), Runs(num_steps)
-    problem = pose("hessian", objective, params, batch, has_aux)
-    spectra, equal_to_ggn = spectra_of(problem, "hessian", key, runs, method, layers, max_bytes, progress)
+    problem = pose("hessian", objective, params, batch, has_aux, layers, differentiation)
+    spectra, equal_to_ggn = spectra_of(problem, "hessian", key, runs, method, max_bytes, progress)
     exact = {name: spec for name, spec in spectra.items() if not spec.num_draws}
     trace_key, ggn_key = jax.random.split(jax.random.fold_in(key, 2**31 - 1))
     traces = _traces(problem, "hessian", exact, spectra, trace_key, plan)
@@ -226,7 +228,7 @@ def summarize(
         with contextlib.suppress(NoFactorError):  # a criterion that is not convex: no column Tr G
             equal = {name: exact[name] for name in equal_to_ggn}
             ggn_traces = _traces(problem, "ggn", equal, spectra, ggn_key, plan)
-    parts = tuple(problem.layer(None if name == "total" else name) for name in spectra)
+    parts = (*problem.layers, problem.whole)
     norms = dict(zip(spectra, _norms(parts, problem.params), strict=True))
     records = {
         name: _record(spec, spectra["total"], float(norms[name]) ** 2, traces[name], ggn_traces.get(name))
@@ -270,7 +272,7 @@ def _traces(problem, curvature, exact, wanted, key, plan):
 
     found = {name: Estimate(spec.trace, error(spec), 0, "exact") for name, spec in exact.items()}
     names = [layer.name for layer in problem.layers]
-    if "total" not in found and set(names) <= set(found):
+    if "total" not in found and problem.covered and set(names) <= set(found):
         parts = [found[name] for name in names]
         found["total"] = Estimate(sum(p.mean for p in parts), sum(p.std_error**2 for p in parts) ** 0.5, 0, "exact")
     return found if set(wanted) <= set(found) else traces_of(problem, curvature, key, plan) | found

@@ -16,7 +16,6 @@ from jaxhess._checks import NotFiniteError, check_choice, check_key, check_like,
 from jaxhess._columns import columns, columns_of, small_layers
 from jaxhess._diagnosis import why_not_finite
 from jaxhess._linear import as_linear
-from jaxhess._products import At
 from jaxhess._rows import NoGramError
 from jaxhess._samples import FactorSamples, ProductSamples, Samples
 from jaxhess._trees import (
@@ -32,10 +31,10 @@ from jaxhess._trees import (
 from jaxhess._xtrace import samples as xtrace
 from jaxhess.estimates import Estimate, Plan
 from jaxhess.gram import row_traces
-from jaxhess.layers import Layer
 from jaxhess.objective import NoFactorError, Objective, factored
-from jaxhess.operators import block, linearize, product
+from jaxhess.operators import block, linearize, product, product_at
 from jaxhess.problem import Problem, check_values, pose
+from jaxhess.selections import Layer, Selections
 
 PyTree = Any
 METHODS = ("auto", "hutchinson", "split", "exact")
@@ -142,6 +141,8 @@ def layer_traces(
     atol: float | None = None,
     max_probes: int = 1024,
     chunk_size: int = 8,
+    layers: Selections = None,
+    differentiation: str = "exact",
     has_aux: bool = False,
 ) -> dict[str, Estimate]:
     """The traces of every layer's block, and of the whole, each with its standard error.
@@ -167,6 +168,8 @@ def layer_traces(
         where examples do not depend on each other; otherwise by probes. Layers of a few parameters go column by column.
         Under a tolerance, layers that would need many probes over all layers get probes of their own.
         ``Estimate.method`` says which it was.
+      layers: which layers or groups; all layers by default, else as for `layer_spectra`.
+      differentiation: as for `hessian`.
       has_aux: as for `hessian`.
 
     Returns:
@@ -190,7 +193,7 @@ def layer_traces(
     """
     check_key(key)
     check_choice("method", method, METHODS)
-    problem = pose(curvature, objective, params, batch, has_aux)
+    problem = pose(curvature, objective, params, batch, has_aux, layers, differentiation)
     plan = Plan(num_probes, rtol, atol, max_probes, chunk_size)
     return traces_of(problem, curvature, key, plan, probe, method)
 
@@ -215,7 +218,7 @@ def traces_of(
             return _exact(problem, "ggn")
         return _by_probes(problem, curvature, problem.layers, key, plan, probe, "auto")
     small = small_layers(problem, plan)
-    if len(small) == len(problem.layers):
+    if len(small) == len(problem.layers) and problem.covered:
         return _exact(problem, curvature)
     if curvature == "hessian" and _splits(problem):
         found = _split(problem, key, plan, probe)
@@ -256,12 +259,13 @@ def _by_probes(problem, curvature, layers, key, plan, probe, method="hutchinson"
 def _samples(problem, curvature, layers, probe, method) -> Samples:
     criterion = factored(problem.loss.criterion, problem.outputs, problem.first) if curvature == "ggn" else None
     if criterion is None:
-        product(curvature, problem)  # checks that there is one
-        return ProductSamples(At(curvature, problem.loss, problem.whole), layers, sampler(probe))
+        at = product_at(curvature, problem, problem.whole)
+        return ProductSamples(at, layers, sampler(probe), problem.covered)
     leaves = jax.tree.leaves((problem.params, problem.first))
     groups = method == "auto" and not is_traced(leaves) and all(automatic(x) is x for x in leaves)
     objective = Objective(problem.loss.predict, criterion)
-    return FactorSamples(objective, layers, sampler(probe), problem.of_examples if groups else None)
+    of_examples = problem.of_examples if groups else None
+    return FactorSamples(objective, layers, sampler(probe), problem.covered, of_examples)
 
 
 # ---- exact ones ----
@@ -272,13 +276,21 @@ def _exact(problem, curvature):
         found = {name: Estimate(*pair, 0, "exact") for name, pair in row_traces(problem).items()}
     else:
         found = columns_of(problem, curvature, problem.layers)
+    whole = found.pop("total", None)
+    if whole is None and not problem.covered:
+        whole = _sum(columns_of(problem, curvature, problem.parts()))
     if bad := [name for name, e in found.items() if not np.isfinite(e.mean)]:
         for batch in problem.batch if problem.many else ():
             check_values(problem.loss, problem.params, batch)  # says what is wrong with it, where it can
         why = why_not_finite(curvature, problem.loss, problem.params, problem.batch)
         raise NotFiniteError(f"exact traces are not finite for {[*bad, 'total']}: {why}")
+    return found | {"total": whole or _sum(found)}
+
+
+def _sum(found):
+    """Of exact values."""
     total = sum(e.mean for e in found.values()), sum(e.std_error**2 for e in found.values()) ** 0.5
-    return found | {"total": Estimate(*total, 0, "exact")}
+    return Estimate(*total, 0, "exact")
 
 
 def _rows_are_cheap(problem, plan):

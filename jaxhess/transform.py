@@ -12,7 +12,7 @@ import optax
 
 from jaxhess._checks import at_least_float32, check_count, check_key
 from jaxhess._trees import leaves_finite
-from jaxhess.regularizer import Layers, Penalty
+from jaxhess.regularizer import Penalty, Weighted
 
 PyTree = Any
 MISSING = object()
@@ -50,7 +50,7 @@ def add_hessian_trace(
     key: jax.Array,
     every: int = 1,
     start: int = 0,
-    layers: Layers = "all",
+    layers: Weighted = "all",
     num_probes: int = 1,
     curvature: str = "hessian",
     probe: str = "rademacher",

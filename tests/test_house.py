@@ -24,12 +24,13 @@ ALLOWED = {"jax", "numpy", "scipy", "optax"}
 
 # Each floor may import those above it only.
 FLOORS = [
-    {"_checks", "_order", "_programs", "_slips", "_softmax", "_versions", "_weights"},
+    {"_checks", "_indices", "_order", "_programs", "_slips", "_softmax", "_versions", "_weights"},
     {"_factor", "_trees", "batches", "spectra"},
-    {"_linear", "_xtrace", "estimates", "layers", "objective"},
-    {"_examples", "_lanczos", "_products", "criteria"},
-    {"_allocation", "_noise", "_samples", "diagonals", "problem"},
-    {"_diagnosis", "eigenpairs", "regularizer"},
+    {"_linear", "_subspace", "_xtrace", "estimates", "layers", "objective"},
+    {"_examples", "_lanczos", "criteria", "preconditioning", "selections"},
+    {"_allocation", "_noise", "_products", "diagonals"},
+    {"_samples", "eigenpairs", "problem"},
+    {"_diagnosis", "_finite", "regularizer", "sharpness"},
     {"_rows", "operators", "transform"},
     {"_columns", "gram", "stability"},
     {"classes", "interactions", "traces"},
@@ -41,7 +42,8 @@ FLOORS = [
 PURE = {
     "_lanczos": {"_checks", "_linear", "_programs", "_trees"},
     "spectra": {"_checks"},
-    "eigenpairs": {"_checks", "_lanczos", "_linear", "_noise", "_programs", "_trees"},
+    "eigenpairs": {"_checks", "_lanczos", "_linear", "_noise", "_programs", "_subspace", "_trees"},
+    "preconditioning": {"_checks", "_linear", "_programs", "_trees"},
 }
 # Imported when called, where they are.
 OPTIONAL = {"monitor": {"tensorboardX", "torch"}, "plot": {"matplotlib"}, "summary": {"pandas"}}

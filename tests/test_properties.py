@@ -20,7 +20,7 @@ from hypothesis.extra import numpy as hnp
 
 import jaxhess as jh
 from jaxhess._trees import random_like
-from jaxhess.layers import find_layers
+from jaxhess.selections import find_layers
 
 few = settings(max_examples=20, deadline=None, derandomize=True, database=None)
 many = settings(max_examples=100, deadline=None, derandomize=True, database=None)
@@ -149,7 +149,7 @@ def test_layers_take_every_array_apart_once_and_put_it_back(tree):
     names = jh.layer_names(tree)
     assert len(set(names)) == len(names) and "total" not in names
     layers = find_layers(tree, names)
-    assert sorted(i for layer in layers for i in layer.leaves) == list(range(len(jax.tree.leaves(tree))))
+    assert sorted(piece.leaf for layer in layers for piece in layer.pieces) == list(range(len(jax.tree.leaves(tree))))
     rebuilt = jax.tree.map(lambda x: np.full_like(x, -1), tree)
     for layer in layers:
         part = jh.subtree(tree, layer.name)

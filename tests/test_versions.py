@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 import jaxhess as jh
 from jaxhess import _order, _versions
-from jaxhess.layers import find_layers
+from jaxhess.selections import find_layers
 
 X = helpers.normal(0, 4, 3)
 

@@ -1,0 +1,212 @@
+"""Curvature in the geometry of an optimizer: D^-1/2 A D^-1/2, with D read from the state of an optax optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.tree_util import Partial
+
+from jaxhess._checks import at_least_float32, is_traced
+from jaxhess._linear import Linear, as_linear
+
+PyTree = Any
+
+
+def precondition(operator: Callable[[PyTree], PyTree], scale: PyTree) -> Partial:
+    """The operator v -> D^-1/2 A D^-1/2 v, with the diagonal matrix D.
+
+    It has the eigenvalues of D^-1 A, and is symmetric. Gradient descent that divides its updates by D, as Adam does
+    without momentum, is stable on a quadratic while they stay below 2 / learning rate.
+
+    Args:
+      operator: a symmetric v -> A v, as from `hessian`.
+      scale: the diagonal of D, a pytree of positive arrays like v, as from `preconditioner`. Scalars stand for an array
+        of equal entries. For the block of a layer, give ``subtree(scale, layer)``.
+
+    Returns:
+      An operator as ``operator``, which `spectrum`, `top_eigenpairs`, `trace` and `linearize` take.
+
+    Raises:
+      ValueError: for a scale that is not positive and finite; when called, for a v of another structure.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxhess as jh
+      >>> pv = jh.precondition(lambda v: jnp.array([2.0, 8.0]) * v, jnp.array([1.0, 4.0]))
+      >>> pv(jnp.ones(2))
+      Array([2., 2.], dtype=float32)
+
+    Reference: Cohen et al. 2022, Adaptive gradient methods at the edge of stability (arXiv 2207.14484), section 3.
+    """
+    scale = jax.tree.map(lambda x: jnp.asarray(x, at_least_float32(x)), scale)
+    if not is_traced(scale):
+        paths = jax.tree_util.tree_leaves_with_path(scale)
+        bad = [jax.tree_util.keystr(p) for p, x in paths if not bool((jnp.isfinite(x) & (x > 0)).all())]
+        if bad:
+            raise ValueError(f"the scale must be positive and finite, and is not at {bad}")
+    linear = as_linear(operator)
+    return Partial(_Preconditioned(linear.func.on_host), linear, jax.tree.map(jax.lax.rsqrt, scale))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Preconditioned(Linear):
+    """R A R with R = D^-1/2; ``on_host`` is that of A."""
+
+    on_host: bool  # type: ignore[mutable-override]
+
+    def __call__(self, linear, roots, v):
+        return _times(roots, linear(_times(roots, v)))
+
+    def stacked(self, linear, roots, vectors):
+        return _times(roots, linear.func.stacked(*linear.args, _times(roots, vectors, 1)), 1)
+
+    def perturbed(self, key, size, linear, roots):
+        moved = linear.func.perturbed(key, size, *linear.args)
+        return None if moved is None else Partial(self, moved, roots)
+
+    def rounding(self, linear, roots, like):
+        return linear.func.rounding(*linear.args, like)
+
+    def why_not_finite(self, linear, roots, v):
+        return linear.func.why_not_finite(*linear.args, _times(roots, v))
+
+
+def _times(roots, v, axes=0):
+    """Entry by entry, of rows too."""
+    if jax.tree.structure(roots) != jax.tree.structure(v):
+        raise ValueError(
+            f"v does not match the scale: {jax.tree.structure(v)} for {jax.tree.structure(roots)}; give a scale like "
+            f"v, such as subtree(scale, layer) for one layer"
+        )
+
+    def times(root, x):
+        return x * jnp.broadcast_to(root, x.shape[axes:])[(None,) * axes].astype(x.dtype)
+
+    return jax.tree.map(times, roots, v)
+
+
+# ---- D of an optimizer ----
+
+
+class _Kind(NamedTuple):
+    """How an optax transformation divides: by D = of(state, b2, eps); with optax's own defaults."""
+
+    of: Callable[[Any, Any, Any], PyTree]
+    b2: float | None
+    eps: float
+
+
+def _corrected(moment, b2, count):
+    """Adam's nu / (1 - b2^t); nothing is known before the first step, and nu is zero."""
+    left = 1 - jnp.asarray(b2, jnp.float32) ** jnp.maximum(count, 1)
+    return jax.tree.map(lambda x: x.astype(at_least_float32(x)) / left, moment)
+
+
+def _adam(state, b2, eps):
+    return jax.tree.map(lambda x: jnp.sqrt(x) + eps, _corrected(state.nu, b2, state.count))
+
+
+def _amsgrad(state, b2, eps):
+    return jax.tree.map(lambda x: jnp.sqrt(x) + eps, state.nu_max)
+
+
+def _rms(state, b2, eps):
+    nu = _corrected(state.nu, b2, state.count) if hasattr(state, "count") else state.nu
+    return jax.tree.map(lambda x: jnp.sqrt(x + eps), nu)
+
+
+def _centered(state, b2, eps):
+    moments = state.nu, state.mu
+    if hasattr(state, "count"):
+        moments = tuple(_corrected(moment, b2, state.count) for moment in moments)
+    return jax.tree.map(lambda nu, mu: jnp.sqrt(nu - mu**2 + eps), *moments)
+
+
+def _adagrad(state, b2, eps):
+    return jax.tree.map(lambda x: jnp.sqrt(x + eps), state.sum_of_squares)
+
+
+# By name, for some classes are not in every version of optax.
+_KINDS = {
+    "ScaleByAdamState": _Kind(_adam, 0.999, 1e-8),
+    "ScaleByBeliefState": _Kind(_adam, 0.999, 1e-16),
+    "ScaleByAmsgradState": _Kind(_amsgrad, None, 1e-8),
+    "ScaleByRmsState": _Kind(_rms, None, 1e-8),
+    "ScaleByRmsWithCountState": _Kind(_rms, 0.9, 1e-8),
+    "ScaleByRStdDevState": _Kind(_centered, None, 1e-8),
+    "ScaleByRStdDevWithCountState": _Kind(_centered, 0.9, 1e-8),
+    "ScaleByRssState": _Kind(_adagrad, None, 1e-7),
+}
+
+
+def preconditioner(opt_state: PyTree, *, b2: float | None = None, eps: float | None = None) -> PyTree:
+    """The D by which an adaptive optimizer divides its updates, read from its optax state.
+
+    Adam and AdamW: D = sqrt(nu / (1 - b2^t)) + eps after t steps; before the first one D = eps. RMSProp: D =
+    sqrt(nu + eps), centred sqrt(nu - mu^2 + eps). Adagrad: D = sqrt(sum of squares + eps). Also AMSGrad and AdaBelief.
+    The state is found inside of ``optax.chain``, ``optax.multi_transform``, ``optax.masked``, ``optax.MultiSteps`` and
+    ``optax.inject_hyperparams``.
+
+    Optimizers that keep something else in the state of Adam (AdaMax, Yogi) cannot be told from it.
+
+    Args:
+      opt_state: the state of an optax optimizer.
+      b2: decay of the second moment, for the bias correction. By default what ``inject_hyperparams`` keeps, or optax's
+        default: 0.999 for Adam, 0.9 for RMSProp with bias correction.
+      eps: likewise; optax's defaults are 1e-8, for Adagrad 1e-7 and for AdaBelief 1e-16.
+
+    Returns:
+      A pytree like the parameters, at least in float32; the scalar 1 for parameters that another, not adaptive
+      optimizer of ``multi_transform`` changes.
+
+    Raises:
+      ValueError: for a state without second moments, as of SGD, or with two of them for the same parameter.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxhess as jh, optax
+      >>> tx = optax.adam(1e-3)
+      >>> _, state = tx.update(jnp.array([3.0, 0.0]), tx.init(jnp.zeros(2)))
+      >>> jh.preconditioner(state)
+      Array([3.e+00, 1.e-08], dtype=float32)
+
+    Reference: Kingma and Ba 2015, Adam, algorithm 1; Cohen et al. 2022 (arXiv 2207.14484), equation (2).
+    """
+    found = list(_scales(opt_state, {}, b2, eps))
+    if not found:
+        raise ValueError(
+            f"the optimizer state holds no second moments (looked for {sorted(_KINDS)} in a "
+            f"{type(opt_state).__name__}); SGD has no preconditioner, its curvature is the Hessian as it is"
+        )
+    return jax.tree.map(_one_of, *found, is_leaf=_is_masked)
+
+
+def _scales(state: Any, known: Mapping, b2: Any, eps: Any) -> Iterator[PyTree]:
+    """D of every adaptive transformation in a state; ``known`` are the hyperparameters that stand around it."""
+    kind = _KINDS.get(type(state).__name__)
+    if kind is not None:
+        decay = known.get("b2", known.get("decay", kind.b2)) if b2 is None else b2
+        yield kind.of(state, decay, known.get("eps", kind.eps) if eps is None else eps)
+        return
+    known = {**known, **getattr(state, "hyperparams", {})}
+    if isinstance(state, Mapping):
+        inner: Any = state.values()
+    else:
+        inner = state if isinstance(state, (tuple, list)) else ()
+    for one in inner:
+        yield from _scales(one, known, b2, eps)
+
+
+def _is_masked(node):
+    return isinstance(node, optax.MaskedNode)
+
+
+def _one_of(*scales):
+    """What one of several optimizers says of an array; 1 where none of them is adaptive."""
+    mine = [scale for scale in scales if not _is_masked(scale)]
+    if len(mine) > 1:
+        raise ValueError("two transformations hold second moments of one parameter; give the state of one of them")
+    return mine[0] if mine else jnp.ones(())
