@@ -85,9 +85,24 @@ def in_precision(wide: bool, function: Callable, params: PyTree, batch: PyTree, 
     """``function(params, batch, v, *args)``, like v, compiled; in float64 inside if ``wide``."""
     if not wide:
         return compute(function, params, batch, (v, *args))
+    return in_float64(partial(compute, function), params, batch, (v, *args))
+
+
+def in_float64(function: Callable, params: PyTree, batch: PyTree, args: tuple) -> PyTree:
+    """``function(params, batch, args)`` with float64 for floats; the result is like the first of args."""
     with enable_x64():
-        found = compute(function, *(jax.tree.map(_wider, tree) for tree in (params, batch, (v, *args))))
-        return jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), found, v)
+        found = function(*(jax.tree.map(_wider, tree) for tree in (params, batch, args)))
+        return jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), found, args[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Widened:
+    """A function of a batch, of which floats are taken in float64; static under ``jit``."""
+
+    function: Callable
+
+    def __call__(self, params, batch, *args):
+        return self.function(params, jax.tree.map(_wider, batch), *args)
 
 
 def _wider(x):

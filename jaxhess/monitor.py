@@ -8,6 +8,7 @@ import pathlib
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -15,7 +16,16 @@ import jax
 import jaxhess as jh
 
 PyTree = Any
-MEASURES = ("trace", "ggn_trace", "lambda_max", "layer_lambda_max")
+MEASURES = (
+    "trace",
+    "ggn_trace",
+    "lambda_max",
+    "layer_lambda_max",
+    "preconditioned_lambda_max",
+    "gradient_share",
+    "critical_sharpness",
+)
+_PAIRS = 3  # eigenpairs that are followed: with one alone, another that overtakes it would be seen late
 
 
 class Sink(Protocol):
@@ -28,11 +38,11 @@ class Sink(Protocol):
 class Monitor:
     """Measures a net every so many steps, as long as that stays within a share of the training's time.
 
-    The first measurement is always taken. It includes the compilation, and its whole time counts towards the share. A
-    later measurement is left out if it would exceed the share, assuming that it takes as long as the last one; the
-    first one, which compiled, is not taken as a guide. The first time that a measurement is left out, a warning says
-    so. A call on any other step costs nothing: only a measurement waits for the device. The probes depend only on the
-    key and the step, so a training that is resumed draws the same probes.
+    The first measurement is always taken. Its time is not counted, because it compiles; the second one counts twice.
+    A later measurement is left out if it would exceed the share, assuming that it takes as long as the last one. The
+    first time that a measurement is left out, a warning says so. A call on any other step costs nothing: only a
+    measurement waits for the device. The probes depend only on the key and the step, so a training that is resumed
+    draws the same probes. Eigenvalues start from the vectors of the last measurement, and then take a few products.
 
     Attributes:
       left_out: the number of measurements that were due and left out.
@@ -60,6 +70,8 @@ class Monitor:
         measures: Sequence[str] = ("trace", "lambda_max"),
         num_probes: int = 8,
         num_steps: int = 20,
+        layers: Any = None,
+        learning_rate: float = 1.0,
         has_aux: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ):
@@ -71,10 +83,14 @@ class Monitor:
           sinks: objects with ``log(record, step)``: `jsonl`, `tensorboard`, a run of Weights & Biases.
           every: steps from one measurement to the next.
           share: the share of the time since the monitor was made that measuring may take, in (0, 1].
-          measures: of "trace" and "ggn_trace" (each layer and the whole net), "lambda_max" (the whole net),
-            "layer_lambda_max" (each layer and the whole net).
+          measures: of "trace" and "ggn_trace" (each layer and the whole net); "lambda_max" (the whole net);
+            "layer_lambda_max" (each layer and the whole net); "preconditioned_lambda_max" of the optimizer in
+            ``opt_state=``, as for `jaxhess.preconditioner`; "gradient_share", the share of the squared gradient in the
+            space of the three leading eigenvectors; "critical_sharpness" along ``update=``.
           num_probes: probes of the traces.
-          num_steps: Lanczos steps of the largest eigenvalues.
+          num_steps: products for the largest eigenvalues of the first measurement, at least 8.
+          layers: which layers or groups, as for `jaxhess.layer_spectra`; all layers by default.
+          learning_rate: of ``update``, as for `jaxhess.critical_sharpness`.
           has_aux: as for `jaxhess.hessian`.
           clock: returns seconds, for tests.
 
@@ -95,20 +111,29 @@ class Monitor:
         self._objective, self._key, self._sinks = objective, key, list(sinks)
         self._every, self._share, self._measures = every, share, frozenset(measures)
         self._num_probes, self._num_steps, self._has_aux = num_probes, num_steps, has_aux
-        self._clock, self._start, self._spent, self._last, self._measured = clock, clock(), 0.0, 0.0, False
+        self._layers, self._learning_rate = layers, learning_rate
+        self._clock, self._start, self._spent, self._last, self._measured = clock, clock(), 0.0, 0.0, 0
+        self._vectors: dict[str, PyTree] = {}  # the leading eigenvectors of the last measurement
         self.left_out = 0
 
-    def __call__(self, params: PyTree, batch: PyTree, step: int) -> dict[str, float] | None:
+    def __call__(
+        self, params: PyTree, batch: PyTree, step: int, *, opt_state: PyTree = None, update: PyTree = None
+    ) -> dict[str, float] | None:
         """Measures if a measurement is due and there is time for it.
 
         Args:
           params: the parameters, which are neither changed nor kept.
           batch: one batch, or `jaxhess.Batches`.
           step: the number of the training step, a Python integer: reading one from the device would wait for it.
+          opt_state: the state of the optimizer, for "preconditioned_lambda_max".
+          update: what the optimizer adds to these parameters, for "critical_sharpness".
 
         Returns:
           {"trace/LAYER": float, "trace_std_error/LAYER": float, ..., "lambda_max/total": float}, which the sinks have
           been given too; None if nothing was measured.
+
+        Raises:
+          ValueError: for a measure whose argument is missing.
 
         Warns:
           UserWarning: the first time that a measurement is left out.
@@ -121,11 +146,12 @@ class Monitor:
             return None
         jax.block_until_ready(params)  # the training's own work does not count
         start = self._clock()
-        record = self._measure(jax.random.fold_in(self._key, step), params, batch)
+        record = self._measure(jax.random.fold_in(self._key, step), params, batch, opt_state, update)
         time_taken = self._clock() - start
-        self._spent += time_taken
-        self._last = time_taken if self._measured else 0.0  # the first one compiled
-        self._measured = True
+        if self._measured:  # the first one compiled
+            self._spent += time_taken * (2 if self._measured == 1 else 1)
+            self._last = time_taken
+        self._measured += 1
         for sink in self._sinks:
             sink.log(record, step)
         return record
@@ -134,29 +160,66 @@ class Monitor:
         self.left_out += 1
         if self.left_out == 1:
             warnings.warn(
-                f"the measurement at step {step} is left out: measuring has taken {self._spent:.2g} s (with the "
+                f"the measurement at step {step} is left out: measuring has taken {self._spent:.2g} s (without the "
                 f"compilation) of the {elapsed:.2g} s since the monitor was made, and the share is {self._share:g}. "
                 f"Later ones may be left out too, without a warning; `left_out` counts them; raise share for more",
                 stacklevel=3,
             )
 
-    def _measure(self, key, params, batch):
+    def _measure(self, key, params, batch, opt_state, update):
         """{name: float} of all measures, which share one key."""
+        for measure, value in (("preconditioned_lambda_max", opt_state), ("critical_sharpness", update)):
+            if measure in self._measures and value is None:
+                name = "opt_state" if measure.startswith("pre") else "update"
+                raise ValueError(f"{measure!r} needs {name}=: monitor(params, batch, step, {name}={name})")
         problem, record = (self._objective, params, batch), {}
+        shared = dict(key=key, layers=self._layers, has_aux=self._has_aux)
         for name, curvature in (("trace", "hessian"), ("ggn_trace", "ggn")):
             if name in self._measures:
-                options = dict(num_probes=self._num_probes, curvature=curvature, has_aux=self._has_aux)
-                for layer, estimate in jh.layer_traces(*problem, key=key, **options).items():
+                found = jh.layer_traces(*problem, num_probes=self._num_probes, curvature=curvature, **shared)
+                for layer, estimate in found.items():
                     record[f"{name}/{layer}"] = float(estimate.mean)
                     record[f"{name}_std_error/{layer}"] = float(estimate.std_error)
-        options = dict(key=key, num_steps=self._num_steps)
         if "layer_lambda_max" in self._measures:
-            spectra = jh.layer_spectra(*problem, has_aux=self._has_aux, **options)
+            spectra = jh.layer_spectra(*problem, num_steps=self._num_steps, **shared)
             record |= {f"lambda_max/{layer}": float(spectrum.lambda_max) for layer, spectrum in spectra.items()}
-        elif "lambda_max" in self._measures:
-            operator = jh.hessian(*problem, has_aux=self._has_aux)
-            record["lambda_max/total"] = float(jh.spectrum(operator, like=params, **options).lambda_max)
+        if self._measures & {"lambda_max", "preconditioned_lambda_max", "gradient_share"}:
+            record |= self._followed(key, problem, opt_state)
+        if "critical_sharpness" in self._measures:
+            options = dict(learning_rate=self._learning_rate, has_aux=self._has_aux)
+            record["critical_sharpness/total"] = jh.critical_sharpness(*problem, update, **options)
         return record
+
+    def _followed(self, key, problem, opt_state):
+        """What comes from eigenpairs that are followed from one measurement to the next."""
+        record, (_, params, batch) = {}, problem
+        operator = jh.hessian(*problem, has_aux=self._has_aux)
+        if self._measures & {"lambda_max", "gradient_share"}:
+            value, vectors = self._top("lambda_max", operator, params, key)
+            if "lambda_max" in self._measures and "layer_lambda_max" not in self._measures:
+                record["lambda_max/total"] = value
+            if "gradient_share" in self._measures:
+                slope = _slope(self._objective, self._has_aux, params, batch)
+                record["gradient_share/total"] = jh.subspace_overlap(jax.tree.map(lambda x: x[None], slope), vectors)
+        if "preconditioned_lambda_max" in self._measures:
+            operator = jh.precondition(operator, jh.preconditioner(opt_state, params=params))
+            record["preconditioned_lambda_max/total"], _ = self._top("preconditioned", operator, params, key)
+        return record
+
+    def _top(self, name, operator, params, key):
+        """The largest eigenvalue with the leading vectors, from those of the last time."""
+        start = self._vectors.get(name)
+        size = sum(x.size for x in jax.tree.leaves(params))
+        steps = min(size, max(8, self._num_steps)) if start is None else None
+        options = dict(k=min(_PAIRS, size), key=key, start=start, num_steps=steps)
+        values, self._vectors[name], _ = jh.top_eigenpairs(operator, like=params, **options)
+        return float(values[0]), self._vectors[name]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _slope(loss, has_aux, params, batch):
+    slope = jax.grad(loss, has_aux=has_aux)(params, batch)
+    return slope[0] if has_aux else slope
 
 
 class _Jsonl:

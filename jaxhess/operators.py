@@ -21,7 +21,7 @@ from jax.tree_util import Partial
 
 from jaxhess._checks import at_least_float32, check_like, is_traced
 from jaxhess._diagnosis import why_not_finite
-from jaxhess._finite import Step, finite_step, in_precision
+from jaxhess._finite import Step, Widened, finite_step, in_float64, in_precision
 from jaxhess._linear import HostLoopError, Linear, Operator, as_linear
 from jaxhess._products import At, match
 from jaxhess._programs import check_forward_mode
@@ -267,7 +267,10 @@ class _Product(Linear):
                 "an operator over Batches reads its batches in a loop on the host and cannot run under jit, vmap or "
                 "grad; call it outside, or give one batch"
             )
-        return mean_over(self.batches, self.at.loss, params, function, lambda _: (v,))
+        if self.step is None or not self.step.wide:
+            return mean_over(self.batches, self.at.loss, params, function, lambda _: (v,))
+        mean = partial(mean_over, self.batches, self.at.loss)
+        return in_float64(lambda p, _, args: mean(p, Widened(function), lambda number: args), params, None, (v,))
 
     def perturbed(self, key, size, params, batch):
         if self.step is None:

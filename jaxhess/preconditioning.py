@@ -115,13 +115,13 @@ def _amsgrad(state, b2, eps):
 
 
 def _rms(state, b2, eps):
-    nu = _corrected(state.nu, b2, state.count) if hasattr(state, "count") else state.nu
+    nu = _corrected(state.nu, b2, state.count) if "count" in state._fields else state.nu
     return jax.tree.map(lambda x: jnp.sqrt(x + eps), nu)
 
 
 def _centered(state, b2, eps):
     moments = state.nu, state.mu
-    if hasattr(state, "count"):
+    if "count" in state._fields:  # every tuple has a method of this name
         moments = tuple(_corrected(moment, b2, state.count) for moment in moments)
     return jax.tree.map(lambda nu, mu: jnp.sqrt(nu - mu**2 + eps), *moments)
 
@@ -143,7 +143,9 @@ _KINDS = {
 }
 
 
-def preconditioner(opt_state: PyTree, *, b2: float | None = None, eps: float | None = None) -> PyTree:
+def preconditioner(
+    opt_state: PyTree, *, params: PyTree = None, b2: float | None = None, eps: float | None = None
+) -> PyTree:
     """The D by which an adaptive optimizer divides its updates, read from its optax state.
 
     Adam and AdamW: D = sqrt(nu / (1 - b2^t)) + eps after t steps; before the first one D = eps. RMSProp: D =
@@ -155,16 +157,18 @@ def preconditioner(opt_state: PyTree, *, b2: float | None = None, eps: float | N
 
     Args:
       opt_state: the state of an optax optimizer.
+      params: the parameters, if some of them are changed by another, not adaptive optimizer of ``multi_transform``:
+        their D is 1.
       b2: decay of the second moment, for the bias correction. By default what ``inject_hyperparams`` keeps, or optax's
         default: 0.999 for Adam, 0.9 for RMSProp with bias correction.
       eps: likewise; optax's defaults are 1e-8, for Adagrad 1e-7 and for AdaBelief 1e-16.
 
     Returns:
-      A pytree like the parameters, at least in float32; the scalar 1 for parameters that another, not adaptive
-      optimizer of ``multi_transform`` changes.
+      A pytree like the parameters, at least in float32.
 
     Raises:
-      ValueError: for a state without second moments, as of SGD, or with two of them for the same parameter.
+      ValueError: for a state without second moments, as of SGD, with two of them for the same parameter, or with none
+        for some parameters where ``params`` is not given.
 
     Example:
       >>> import jax.numpy as jnp, jaxhess as jh, optax
@@ -181,7 +185,19 @@ def preconditioner(opt_state: PyTree, *, b2: float | None = None, eps: float | N
             f"the optimizer state holds no second moments (looked for {sorted(_KINDS)} in a "
             f"{type(opt_state).__name__}); SGD has no preconditioner, its curvature is the Hessian as it is"
         )
-    return jax.tree.map(_one_of, *found, is_leaf=_is_masked)
+    merged = jax.tree.map(_one_of, *found, is_leaf=_is_masked)
+    masked = [node for node in jax.tree.leaves(merged, is_leaf=_is_masked) if _is_masked(node)]
+    if masked and params is None:
+        raise ValueError(
+            "some parameters are changed by an optimizer without second moments; give params=, and their scale is 1"
+        )
+    if not masked:
+        return merged
+
+    def filled(scale, like):
+        return jax.tree.map(lambda x: jnp.ones_like(x, at_least_float32(x)), like) if _is_masked(scale) else scale
+
+    return jax.tree.map(filled, merged, params, is_leaf=_is_masked)
 
 
 def _scales(state: Any, known: Mapping, b2: Any, eps: Any) -> Iterator[PyTree]:
@@ -205,8 +221,8 @@ def _is_masked(node):
 
 
 def _one_of(*scales):
-    """What one of several optimizers says of an array; 1 where none of them is adaptive."""
+    """What one of several optimizers says of an array."""
     mine = [scale for scale in scales if not _is_masked(scale)]
     if len(mine) > 1:
         raise ValueError("two transformations hold second moments of one parameter; give the state of one of them")
-    return mine[0] if mine else jnp.ones(())
+    return mine[0] if mine else optax.MaskedNode()

@@ -93,6 +93,8 @@ def _crossing(slope, rtol):
     if _rises(at_high):
         for _ in range(_DOUBLINGS):
             low, at_low = high / 2, slope(high / 2)
+            if at_low == 0:  # of rounding nothing is left: the shortest step that is felt raises the loss
+                return 0.0
             if not _rises(at_low):
                 break
             high, at_high = low, at_low

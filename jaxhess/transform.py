@@ -85,6 +85,11 @@ def add_hessian_trace(
     devices what this transformation returns, not the gradients before it; otherwise the copies of the parameters
     diverge.
 
+    Under ``jit`` the step that acts is a branch of the program, which XLA's CPU backend runs several times slower than
+    the same outside of a branch. There, say on the host whether it acts, with ``penalize=True`` or ``False`` in
+    ``update``, and make it static: two programs are compiled, and none has a branch. This overrides ``every`` and
+    ``start``.
+
     Args:
       loss: ``loss(params, batch) -> scalar``; for "ggn" an `Objective`.
       gamma: coefficient >= 0, or a schedule ``gamma(count)``.
@@ -95,7 +100,7 @@ def add_hessian_trace(
         first update is traced.
 
     Returns:
-      A transformation whose ``update`` takes ``params`` and ``batch=``.
+      A transformation whose ``update`` takes ``params``, ``batch=`` and, if wanted, ``penalize=``.
 
     Raises:
       ValueError, TypeError: for a gamma that is negative or not finite, ``every`` < 1, ``start`` < 0, an empty or
@@ -126,15 +131,20 @@ def add_hessian_trace(
             skipped=jnp.zeros((), jnp.int32),
         )
 
-    def update_fn(updates, state, params=None, *others, batch=MISSING, **extra_args):
+    def update_fn(updates, state, params=None, *others, batch=MISSING, penalize=None, **extra_args):
         del extra_args
         check_update("add_hessian_trace", others, params, batch, state.key, key)
+        if not (penalize is None or isinstance(penalize, (bool, np.bool_))):
+            raise TypeError(
+                f"penalize must be True, False or None, known when the step is compiled, got {penalize!r}; under jit "
+                f"name it in static_argnames"
+            )
 
         def penalize():
             step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=impl), state.count)
             return _add(updates, state, schedule.gamma_at(state.count), *penalty(params, batch, step_key))
 
-        due = schedule.due(state.count)
+        due = schedule.due(state.count) if penalize is None else bool(penalize)
         as_it_was = (updates, state.penalty, state.skipped)
         if isinstance(due, jax.core.Tracer):
             added, value, skipped = jax.lax.cond(due, penalize, lambda: as_it_was)
