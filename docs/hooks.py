@@ -20,10 +20,16 @@ ROOT = pathlib.Path(__file__).parent.parent
 # The reference: {page: (title, names on the library's face)}. Each public name is on exactly one page.
 REFERENCE = {
     "summary": ("Summary", ["summarize", "Summary", "Record"]),
-    "operators": ("Curvature operators", ["hessian", "ggn", "functional_hessian", "linearize", "aslinearoperator"]),
+    "operators": (
+        "Curvature operators",
+        ["hessian", "ggn", "functional_hessian", "linearize", "precondition", "preconditioner", "aslinearoperator"],
+    ),
     "traces": ("Traces", ["trace", "layer_traces", "Estimate", "diagonal"]),
     "spectra": ("Spectra", ["spectrum", "layer_spectra", "Spectrum"]),
-    "eigenpairs": ("Eigenpairs", ["top_eigenpairs", "lanczos", "Tridiagonal"]),
+    "eigenpairs": (
+        "Eigenpairs",
+        ["top_eigenpairs", "subspace_overlap", "critical_sharpness", "lanczos", "Tridiagonal"],
+    ),
     "distances": (
         "Distances and outliers",
         ["wasserstein", "jensen_shannon", "kl_divergence", "count_outliers"],
@@ -56,7 +62,7 @@ REFERENCE = {
         ["Objective", "cross_entropy", "CrossEntropy", "squared_error", "SquaredError", "Criterion"],
     ),
     "batches": ("Batches", ["Batches"]),
-    "layers": ("Layers", ["layer_names", "middle_layers", "subtree"]),
+    "layers": ("Layers and groups", ["layer_names", "middle_layers", "part", "subtree"]),
 }
 # Public modules, {page: (title, module)}; their own public names are their reference.
 MODULES = {"plot": ("Plot", "jaxhess.plot"), "monitor": ("Monitor", "jaxhess.monitor")}

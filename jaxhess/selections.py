@@ -168,6 +168,8 @@ def select(
     else:
         chosen = middle_layers(network()) if layers == "middle" else network() if layers in (None, "all") else layers
         several = isinstance(chosen, Sequence) and not isinstance(chosen, _TEXT)
+        if several and layers is chosen and set(map(name_of, chosen)) <= set(known := network()):
+            chosen = sorted(chosen, key=known.index)
         named = {name_of(one): one for one in (chosen if several else [chosen])}
     return tuple(finder.layer(name, selection) for name, selection in named.items())
 

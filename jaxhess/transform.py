@@ -140,16 +140,16 @@ def add_hessian_trace(
                 f"name it in static_argnames"
             )
 
-        def penalize():
+        def with_penalty():
             step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=impl), state.count)
             return _add(updates, state, schedule.gamma_at(state.count), *penalty(params, batch, step_key))
 
         due = schedule.due(state.count) if penalize is None else bool(penalize)
         as_it_was = (updates, state.penalty, state.skipped)
         if isinstance(due, jax.core.Tracer):
-            added, value, skipped = jax.lax.cond(due, penalize, lambda: as_it_was)
+            added, value, skipped = jax.lax.cond(due, with_penalty, lambda: as_it_was)
         else:  # outside jit a cond would be compiled at every step
-            added, value, skipped = penalize() if due else as_it_was
+            added, value, skipped = with_penalty() if due else as_it_was
         return added, HessianTraceState(optax.safe_increment(state.count), state.key, value, skipped)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -667,7 +667,7 @@ def test_the_layers_of_a_table(layers, names):
 
 def test_a_word_that_is_no_selection_of_layers():
     for call in (jh.summarize, jh.layer_spectra):
-        with pytest.raises(TypeError, match=r"'all' or 'middle', got the string 'last'; write \['last'\]"):
+        with pytest.raises(ValueError, match=r"unknown layer 'last'; the layers are \['fc1', 'fc2'\]"):
             call(P.objective, P.params, BATCH, key=KEY, layers="last")
 
 

@@ -101,8 +101,8 @@ def test_interactions_are_drawn(ran):
 def test_the_penalty_was_added(ran):
     names, *_ = ran
     state = names["opt_state"][0]
-    # Of one step alone, and of three with the monitor.
-    assert int(state.count) == 4 and float(state.penalty) > 0 and int(state.skipped) == 0
+    # Of one step alone, three that the host chooses, and three with the monitor.
+    assert int(state.count) == 7 and float(state.penalty) > 0 and int(state.skipped) == 0
 
 
 def test_pictures_show_every_layer(ran):

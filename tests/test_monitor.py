@@ -8,11 +8,14 @@ import subprocess
 import sys
 import warnings
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers import problem
+from jax.flatten_util import ravel_pytree
 
 import jaxhess as jh
 from jaxhess import monitor
@@ -130,19 +133,20 @@ def test_the_first_one_left_out_is_told_with_the_reason():
         return {}
 
     watch._measure = measured
-    assert watch(P.params, P.batch, 0) == {}
+    for step in range(2):
+        assert watch(P.params, P.batch, step) == {}
     clock.now += 5.0
-    message = r"at step 1 is left out: measuring has taken 3 s .* of the 8 s .* the share is 0.1.*raise share"
+    message = r"at step 2 is left out: measuring has taken 6 s .* of the 11 s .* the share is 0.1.*raise share"
     with pytest.warns(UserWarning, match=message) as told:
-        assert watch(P.params, P.batch, 1) is None
+        assert watch(P.params, P.batch, 2) is None
     assert told[0].filename == __file__
-    assert watch(P.params, P.batch, 2) is None and watch.left_out == 2  # a warning would be an error here
+    assert watch(P.params, P.batch, 3) is None and watch.left_out == 2  # a warning would be an error here
 
 
-def test_the_time_of_the_first_measurement_does_not_predict_the_second():
-    """It compiled: the second is taken as soon as the first is earned, the third when it is earned too."""
+def test_the_time_of_the_first_measurement_is_not_counted():
+    """It compiled: the second is taken as soon as it is due, and counts twice."""
     clock, taken = Clock(0.0), []
-    watch = monitor.Monitor(P.objective, key=KEY, sinks=[], every=1, share=0.5, clock=clock)
+    watch = monitor.Monitor(P.objective, key=KEY, sinks=[], every=1, share=0.1, clock=clock)
     costs = iter([10.0, 1.0, 1.0])
 
     def measured(*args):
@@ -156,7 +160,7 @@ def test_the_time_of_the_first_measurement_does_not_predict_the_second():
             if watch(P.params, P.batch, 0) is not None:
                 taken.append(before)
             clock.now += 1
-    assert taken == [0.0, 20.0, 24.0]  # spent 10 of 20, and 11 + 1 of 24
+    assert taken == [0.0, 11.0, 30.0]  # spent 2 + 1 of 30
 
 
 def test_a_budget_that_allows_all_leaves_nothing_out():
@@ -300,3 +304,53 @@ def test_its_documentation_is_whole_and_runs():
         assert -1 not in places and places == sorted(places), function
     for argument in inspect.signature(monitor.Monitor.__init__).parameters:
         assert argument == "self" or f"{argument}: " in monitor.Monitor.__init__.__doc__
+
+
+# ---- what is followed from one measurement to the next ----
+
+
+def test_the_sharpness_of_a_training_is_followed():
+    """Plain and in the geometry of Adam, against dense eigenvalues; from the second on by eight products each."""
+    tx = optax.adam(1e-2)
+    params, state = P.params, tx.init(P.params)
+    measures = ["lambda_max", "preconditioned_lambda_max", "gradient_share", "critical_sharpness"]
+    watch = monitor.Monitor(P.objective, key=KEY, sinks=[], every=10, measures=measures, share=1.0, clock=Clock(0.0))
+    flat, unravel = ravel_pytree(params)
+    dense = jax.jit(jax.hessian(lambda w: P.objective(unravel(w), P.batch)))
+    slope = jax.jit(jax.grad(P.objective))
+    for step in range(31):
+        grads = slope(params, P.batch)
+        update, state = tx.update(grads, state, params)
+        record = watch(params, P.batch, step, opt_state=state, update=update)
+        if record is not None:
+            matrix = np.asarray(dense(ravel_pytree(params)[0]), np.float64)
+            values, vectors = np.linalg.eigh(matrix)
+            root = np.asarray(ravel_pytree(jh.preconditioner(state))[0], np.float64) ** -0.5
+            assert record["lambda_max/total"] == pytest.approx(values[-1], rel=0.01)
+            preconditioned = np.linalg.eigvalsh(root[:, None] * matrix * root)[-1]
+            assert record["preconditioned_lambda_max/total"] == pytest.approx(preconditioned, rel=0.01)
+            g = np.asarray(ravel_pytree(grads)[0], np.float64)
+            share = np.sum((vectors[:, -3:].T @ g) ** 2) / (g @ g)
+            assert record["gradient_share/total"] == pytest.approx(share, abs=0.1)
+            critical = jh.critical_sharpness(P.objective, params, P.batch, update)
+            assert record["critical_sharpness/total"] == pytest.approx(critical)
+        params = optax.apply_updates(params, update)
+
+
+def test_groups_are_measured():
+    groups = {"kernels": lambda path: path.endswith("w"), "last": "fc2"}
+    options = dict(measures=["trace", "layer_lambda_max"], layers=groups, num_steps=40)
+    record = monitor.Monitor(P.objective, key=KEY, sinks=[], **options)(P.params, P.batch, 0)
+    names = ["kernels", "last", "total"]
+    assert sorted(record) == sorted(f"{x}/{n}" for x in ("trace", "trace_std_error", "lambda_max") for n in names)
+    last = np.linalg.eigvalsh(helpers.dense(P, "hessian", "fc2"))[-1]
+    assert record["lambda_max/last"] == pytest.approx(last, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("measure", "name"), [("preconditioned_lambda_max", "opt_state"), ("critical_sharpness", "update")]
+)
+def test_a_measure_without_its_argument_is_named(measure, name):
+    watch = monitor.Monitor(P.objective, key=KEY, sinks=[], measures=[measure])
+    with pytest.raises(ValueError, match=f"'{measure}' needs {name}="):
+        watch(P.params, P.batch, 0)

@@ -1,7 +1,9 @@
 """The transformation: when it acts, what it adds, what it keeps, and how it lives with the rest of optax."""
 
 import functools
+from functools import partial
 
+import chex
 import helpers
 import jax
 import jax.numpy as jnp
@@ -263,7 +265,7 @@ def test_nothing_is_nan_before_the_first_penalty():
         ({"every": 2.5}, ValueError, "every.*whole.*2.5"),
         ({"start": -1}, ValueError, "start.*-1"),
         ({"layers": []}, ValueError, "selects no layer"),
-        ({"layers": "inner"}, ValueError, "'all', 'middle'.*inner"),
+        ({"layers": 0}, ValueError, "depth of layers is at least 1, got 0"),
         ({"curvature": "fisher"}, ValueError, "fisher"),
         ({"probe": "uniform"}, ValueError, "uniform.*rademacher"),
         ({"key": None}, TypeError, "one JAX random key.*None"),
@@ -301,3 +303,25 @@ def test_masked_parameters_are_refused_with_the_remedy():
     tx = optax.masked(jh.add_hessian_trace(P.objective, 1e-3, key=KEY), {"fc1": True, "fc2": False})
     with pytest.raises(ValueError, match="layers="):
         tx.update(zeros(), tx.init(P.params), P.params, batch=P.batch)
+
+
+def test_the_host_may_say_on_which_steps_it_acts():
+    """As a static argument of the step: the same updates as by the schedule, and no branch in the program."""
+    p = helpers.problem("mlp")
+    tx = jh.add_hessian_trace(p.objective, 0.1, every=3, start=1, key=KEY)
+    grads = jax.grad(p.objective)(p.params, p.batch)
+
+    @partial(jax.jit, static_argnames="penalize")
+    def step(state, penalize=None):
+        return tx.update(grads, state, p.params, batch=p.batch, penalize=penalize)
+
+    by_schedule = by_host = tx.init(p.params)
+    for number in range(5):
+        updates, by_schedule = step(by_schedule)
+        chosen, by_host = step(by_host, penalize=number >= 1 and (number - 1) % 3 == 0)
+        chex.assert_trees_all_close(updates, chosen, rtol=1e-6)
+        chex.assert_trees_all_close(by_schedule._replace(key=0), by_host._replace(key=0), rtol=1e-6)
+    for penalize in (True, False):
+        assert "cond[" not in str(jax.make_jaxpr(partial(step, penalize=penalize))(by_host))
+    with pytest.raises(TypeError, match="static_argnames"):
+        jax.jit(lambda state, due: tx.update(grads, state, p.params, batch=p.batch, penalize=due))(by_host, True)
