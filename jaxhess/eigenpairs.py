@@ -164,7 +164,8 @@ def subspace_overlap(vectors_a: PyTree, vectors_b: PyTree) -> float:
 
     Example:
       >>> import jax.numpy as jnp, jaxhess as jh
-      >>> jh.subspace_overlap(jnp.array([[1.0, 0.0, 0.0]]), jnp.array([[1.0, 1.0, 0.0], [0.0, 0.0, 2.0]]))
+      >>> plane = jnp.array([[1.0, 1.0, 0.0], [0.0, 0.0, 2.0]])
+      >>> round(jh.subspace_overlap(jnp.array([[1.0, 0.0, 0.0]]), plane), 4)
       0.5
 
     Reference: Gur-Ari, Roberts and Dyer 2018, Gradient descent happens in a tiny subspace (arXiv 1812.04754), equation

@@ -134,17 +134,12 @@ def add_hessian_trace(
     def update_fn(updates, state, params=None, *others, batch=MISSING, penalize=None, **extra_args):
         del extra_args
         check_update("add_hessian_trace", others, params, batch, state.key, key)
-        if not (penalize is None or isinstance(penalize, (bool, np.bool_))):
-            raise TypeError(
-                f"penalize must be True, False or None, known when the step is compiled, got {penalize!r}; under jit "
-                f"name it in static_argnames"
-            )
 
         def with_penalty():
             step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=impl), state.count)
             return _add(updates, state, schedule.gamma_at(state.count), *penalty(params, batch, step_key))
 
-        due = schedule.due(state.count) if penalize is None else bool(penalize)
+        due = schedule.due(state.count) if penalize is None else _chosen(penalize)
         as_it_was = (updates, state.penalty, state.skipped)
         if isinstance(due, jax.core.Tracer):
             added, value, skipped = jax.lax.cond(due, with_penalty, lambda: as_it_was)
@@ -153,6 +148,16 @@ def add_hessian_trace(
         return added, HessianTraceState(optax.safe_increment(state.count), state.key, value, skipped)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _chosen(penalize):
+    """What the host says of a step, as a bool."""
+    if not isinstance(penalize, (bool, np.bool_)):
+        raise TypeError(
+            f"penalize must be True, False or None, known when the step is compiled, got {penalize!r}; under jit name it "
+            f"in static_argnames"
+        )
+    return bool(penalize)
 
 
 class _Schedule(NamedTuple):

@@ -212,6 +212,21 @@ def everything(objective, params, batch):
         "lanczos, host": lambda: jh.lanczos(hv, params, 2, reorthogonalize="host"),
         "lanczos, jit": lambda: jax.jit(lambda p: jh.lanczos(hv, p, 2, reorthogonalize=False).alphas)(params),
         "top_eigenpairs": lambda: jh.top_eigenpairs(hv, like=params, key=KEY, k=1, num_steps=2),
+        "top_eigenpairs, start": lambda: jh.top_eigenpairs(
+            hv, like=params, key=KEY, k=1, num_steps=3, max_vectors=3, start=jax.tree.map(lambda x: x[None], ones)
+        ),
+        "subspace_overlap": lambda: jh.subspace_overlap(*[jax.tree.map(lambda x: x[None], ones)] * 2),
+        "critical_sharpness": lambda: jh.critical_sharpness(*at, jax.tree.map(lambda x: -x, params)),
+        "precondition": lambda: jh.precondition(hv, jax.tree.map(lambda x: x + 1, ones))(ones),
+        "preconditioner": lambda: jh.preconditioner(optax.adam(1.0).init(params)),
+        "hessian, finite": lambda: jh.hessian(*at, differentiation="finite")(ones),
+        "hessian, finite, jit": lambda: jax.jit(lambda p: jh.hessian(objective, p, batch, differentiation="finite")(p))(
+            params
+        ),
+        "layer_traces, groups": lambda: jh.layer_traces(
+            *at, **few, layers={"first": "fc1/*", "row": jh.part("fc1/w", 0)}
+        ),
+        "part": lambda: jh.subtree(params, jh.part("fc1/w", [0])),
         "spectrum": lambda: jh.spectrum(hv, like=params, key=KEY, num_steps=2).density(),
         "layer_spectra": lambda: jh.layer_spectra(*at, key=KEY, num_steps=2),
         "layer_spectra, auto": lambda: jh.layer_spectra(*at, key=KEY, num_steps=2, method="auto"),

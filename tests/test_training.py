@@ -82,7 +82,7 @@ def test_bad_penalties_are_named(made):
     for options, message in (
         ({"gamma": -1.0}, "gamma must be"),
         ({"every": 0}, "every"),
-        ({"layers": "most"}, "layers must be 'all', 'middle'"),
+        ({"layers": "most"}, "unknown layer 'most'"),
         ({"start_epoch": -1}, "start must be"),
     ):
         penalty = dataclasses.replace(HTR.penalty, **options)
