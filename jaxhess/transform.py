@@ -154,8 +154,8 @@ def _chosen(penalize):
     """What the host says of a step, as a bool."""
     if not isinstance(penalize, (bool, np.bool_)):
         raise TypeError(
-            f"penalize must be True, False or None, known when the step is compiled, got {penalize!r}; under jit name it "
-            f"in static_argnames"
+            f"penalize must be True, False or None, known when the step is compiled, got {penalize!r}; under jit name "
+            f"it in static_argnames"
         )
     return bool(penalize)
 
