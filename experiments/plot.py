@@ -264,6 +264,7 @@ def clusters(panels: Mapping[str, tuple[np.ndarray, float]], classes: int, title
 def strengths(
     methods: Mapping[str, Sequence[Mapping]],
     none: Mapping,
+    chosen: Mapping[str, Mapping],
     words: Mapping[str, tuple[str, str]],
     metrics: Mapping[str, str],
     title: str,
@@ -273,6 +274,7 @@ def strengths(
     Args:
       methods: {method: [{"strength": float, "trials": [{metric: float}, ...]}, ...]}.
       none: such an entry without any of them, which is drawn as a band.
+      chosen: {method: the entry that was chosen}, which has a ring.
       words: {method: (its name, the name of its strength)}.
       metrics: {metric: label of the axis}; errors are drawn in %, others on a log scale.
       title: what was run.
@@ -289,20 +291,23 @@ def strengths(
             values = [factor * record[metric] for record in point["trials"]]
             return np.mean(values), np.std(values, ddof=len(values) > 1)
 
-        for axis, points, color, marker in zip(row, methods.values(), COLORS, MARKERS, strict=False):
+        for axis, (method, points), color, marker in zip(row, methods.items(), COLORS, MARKERS, strict=False):
             mean, deviation = moments(none)
             axis.axhspan(mean - deviation, mean + deviation, color="0.85", linewidth=0, label="none")
             axis.axhline(mean, color="0.5", linewidth=1)
             x, (y, error) = [p["strength"] for p in points], zip(*map(moments, points), strict=True)
             axis.errorbar(x, y, error, color=color, marker=marker, markersize=4, linewidth=1.2, capsize=2)
+            best = chosen[method]
+            ring = dict(markersize=10, markerfacecolor="none", markeredgecolor="black", linestyle="none")
+            axis.plot(best["strength"], moments(best)[0], "o", label="chosen", **ring)
             axis.set_xscale("log")
-            axis.set_xticks(x, [f"{strength:g}" for strength in x])
-            axis.minorticks_off()
             if factor == 1:
                 axis.set_yscale("log")
         limits = np.array([axis.get_ylim() for axis in row])
         for axis in row:
             axis.set_ylim(limits[:, 0].min(), limits[:, 1].max())
+        for axis in row[1:]:
+            axis.tick_params(which="both", labelleft=False)
         row[0].set_ylabel(axis_label, **_STYLE)
     for axis, method in zip(axes[0], methods, strict=True):
         axis.set_title(words[method][0], **_STYLE)
