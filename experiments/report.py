@@ -126,6 +126,11 @@ def judge_no_difference(claim: Claim, values: Mapping[str, Sequence[float]], tes
     return f"{claim.words}: {verdict}\n  {_evidence(claim, found, margin, tests)}"
 
 
+def effect(claim: Claim, values: Mapping[str, Sequence[float]]) -> Effect:
+    """The paired difference of a claim, of test errors in points; arguments as of `judge`."""
+    return _measured(claim, values)[0]
+
+
 def outcome(claim: Claim, values: Mapping[str, Sequence[float]], tests: int = 1) -> str:
     """What ``lower`` does to the test error, in a few words; arguments as of `judge`.
 

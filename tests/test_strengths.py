@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import made_dataset
 
-from experiments import arms, data, models, report, run, train
+from experiments import arms, data, models, plot, report, run, train
 from experiments.studies import gamma
 
 TINY = ["images_per_class=1", "num_probes=2", "num_steps=3"]
@@ -150,6 +150,20 @@ def test_strengths_that_lower_the_trace_are_counted_with_their_errors():
     points = [point(1.0, 0.1, 0.95), point(2.0, 0.1, 0.5), point(3.0, 0.3, 0.1), point(4.0, float("nan"), float("nan"))]
     said = gamma._with_trace(points, point(0.0, 0.2, 1.0))
     assert said == "the trace is lower by 10% or more at 2 strengths, and at 1 of them so is the held-out error"
+
+
+def test_the_figure_of_strengths_shows_what_is_off_its_scale_and_survives_what_diverged():
+    points = [point(1.0, 0.20, 3.0), point(3.0, 0.9, 0.1), point(9.0, float("nan"), float("nan"))]
+    far = [point(1.0, 0.7, 0.1), point(2.0, 0.8, 0.1)]
+    words = {"one": ("One", "a"), "two": ("Two", "b")}
+    methods, chosen = {"one": points, "two": far}, {"one": points[0], "two": far[0]}
+    effects = {"one": (-0.5, -0.9, -0.1), "two": (np.nan, np.nan, np.nan)}
+    figure = plot.strengths(methods, point(0.0, 0.21, 2.0), chosen, effects, 0.1, words, "title " * 40)
+    one, two, traces, _, below = figure.axes
+    assert [text.get_text() for text in one.texts] == ["90"] and [t.get_text() for t in two.texts] == ["70", "80"]
+    assert one.get_title() == "One" and not traces.texts
+    assert [label.get_text() for label in below.get_yticklabels()] == ["One", "Two"]
+    assert figure.get_suptitle().count("\n") >= 1
 
 
 @pytest.mark.parametrize(

@@ -214,8 +214,11 @@ def draw(config: Config, out_dir: pathlib.Path) -> None:
     claims = {
         method: Claim(method, "none", f"{words[method][0]}, as chosen, lowers the test error") for method in words
     }
-    panels = {"held_out_error": "held-out error, %", "trace": "Tr(Hess) at the end"}
-    plot.save(plot.strengths(numbers, none, shown, words, panels, tables.title(config)), out_dir / "figure.png")
+    effects = {method: report.effect(claim, errors) for method, claim in claims.items()}
+    points_and_ends = {method: (effect.mean, *effect.interval()) for method, effect in effects.items()}
+    title = tables.title(config)
+    figure = plot.strengths(numbers, none, shown, points_and_ends, report.NO_MARGIN, words, title)
+    plot.save(figure, out_dir / "figure.png")
     print("the search, mean +- standard deviation over the seeds:")
     lines = [["", "strength", "held-out error %", "Tr Hess"]]
     for method, point in itertools.chain([("none", none)], *([(m, p) for p in ps] for m, ps in numbers.items())):
@@ -243,6 +246,12 @@ def draw(config: Config, out_dir: pathlib.Path) -> None:
     print(f"on the test images, p multiplied by the {len(claims)} tests:")
     for claim in claims.values():
         print(report.judge(claim, errors, len(claims)))
+    if "htr" in claims:
+        others = [method for method in claims if method != "htr"]
+        print(f"against the other methods, each as chosen, p multiplied by the {len(others)} tests:")
+        for method in others:
+            claim = Claim("htr", method, f"HTR has a lower test error than {_name(method)}")
+            print(report.judge(claim, errors, len(others)))
     outcomes = [f"{_name(method)} {report.outcome(claim, errors, len(claims))}" for method, claim in claims.items()]
     print(f"in short: {'; '.join(outcomes)}")
 
