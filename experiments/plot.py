@@ -315,7 +315,10 @@ def strengths(
             if metric == "trace":
                 axis.set_yscale("log")
             for point in points:
-                if (value := moments(point)[0]) > top:
+                if np.isnan(value := moments(point)[0]):
+                    place = dict(transform=axis.get_xaxis_transform(), fontsize=7, ha="center", va="top", rotation=90)
+                    axis.text(point["strength"], 0.97, "diverged", color=color, **place)
+                elif value > top:
                     axis.plot(
                         point["strength"], 0.97, "^", color=color, markersize=5, transform=axis.get_xaxis_transform()
                     )

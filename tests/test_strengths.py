@@ -104,9 +104,12 @@ def test_the_search_from_end_to_end(small, tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     for name in ("HTR", "weight decay", "SAM", "noise stability"):
         assert f"{name}, as chosen, lowers the test error: " in printed
-    assert "p multiplied by the 4 tests" in printed and "80% power to find" in printed
+    assert "after epoch 2\n" in printed and "p multiplied by the 4 tests" in printed and "80% power to find" in printed
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     added = numbers.pop("extended")
+    for record in numbers["none"][0]["trials"]:
+        assert len(record["held_out_error_by_epoch"]) == 2
+        assert record["held_out_error_by_epoch"][-1] == pytest.approx(record["held_out_error"])
     assert set(added) == set(numbers) and sum(map(len, added.values())) >= 1 and not added["none"]
     given = {"none": [0], "htr": [1e-3, 1e-1], "l2": [1e-3, 1e-1], "sam": [0.05], "noise": [0.01, 0.03]}
     for method, points in numbers.items():
@@ -149,7 +152,7 @@ def test_what_became_of_the_grid_is_said():
 def test_strengths_that_lower_the_trace_are_counted_with_their_errors():
     points = [point(1.0, 0.1, 0.95), point(2.0, 0.1, 0.5), point(3.0, 0.3, 0.1), point(4.0, float("nan"), float("nan"))]
     said = gamma._with_trace(points, point(0.0, 0.2, 1.0))
-    assert said == "the trace is lower by 10% or more at 2 strengths, and at 1 of them so is the held-out error"
+    assert said == "the trace is lower by 10% or more at 2 of 4 strengths, and at 1 of them so is the held-out error"
 
 
 def test_the_figure_of_strengths_shows_what_is_off_its_scale_and_survives_what_diverged():
@@ -160,8 +163,11 @@ def test_the_figure_of_strengths_shows_what_is_off_its_scale_and_survives_what_d
     effects = {"one": (-0.5, -0.9, -0.1), "two": (np.nan, np.nan, np.nan)}
     figure = plot.strengths(methods, point(0.0, 0.21, 2.0), chosen, effects, 0.1, words, "title " * 40)
     one, two, traces, _, below = figure.axes
-    assert [text.get_text() for text in one.texts] == ["90"] and [t.get_text() for t in two.texts] == ["70", "80"]
-    assert one.get_title() == "One" and not traces.texts
+    assert [text.get_text() for text in one.texts] == ["90", "diverged"] and [t.get_text() for t in two.texts] == [
+        "70",
+        "80",
+    ]
+    assert one.get_title() == "One" and [text.get_text() for text in traces.texts] == ["diverged"]
     assert [label.get_text() for label in below.get_yticklabels()] == ["One", "Two"]
     assert figure.get_suptitle().count("\n") >= 1
 
