@@ -77,14 +77,20 @@ def load_all(config: OverTraining, data_dir: str | None) -> dict[str, Dataset]:
 def load(config: Scale, name: str, data_dir: str | None) -> Dataset:
     """A data set, or as much of it as is trained on; "cifar100:coarse_label" names the labels too."""
     name, _, label = name.partition(":")
-    dataset = data.load(name, data_dir, label=label or config.label)
+    return reduced(config, data.load(name, data_dir, label=label or config.label))
+
+
+def reduced(config: Scale, dataset: Dataset) -> Dataset:
+    """As much of a data set as is trained on: the first training images of each class, or sequences."""
     if not config.examples:
         return dataset
     if dataset.is_text:
         return dataclasses.replace(dataset, train=data.first(dataset, config.examples))
     each, rest = divmod(config.examples, dataset.num_classes)
     if rest:
-        raise ValueError(f"examples={config.examples} is no multiple of the {dataset.num_classes} classes of {name}")
+        raise ValueError(
+            f"examples={config.examples} is no multiple of the {dataset.num_classes} classes of {dataset.name}"
+        )
     return dataclasses.replace(dataset, train=data.per_class(dataset.train, each, dataset.num_classes))
 
 

@@ -179,8 +179,9 @@ def _kind_of(training):
     penalty = training.config.penalty
     if penalty is not None:
         penalty = dataclasses.replace(penalty, gamma=1.0, every=1, start_epoch=0)
+    on = {name: float(getattr(training.config, name) > 0) for name in ("sam", "noise_stability")}
     config = dataclasses.replace(
-        training.config, seed=0, epochs=1, milestones=(), learning_rate=0.0, weight_decay=0.0, penalty=penalty
+        training.config, seed=0, epochs=1, milestones=(), learning_rate=0.0, weight_decay=0.0, penalty=penalty, **on
     )
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)}
     images = len(training.dataset.train["label"])

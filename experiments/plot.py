@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -264,52 +265,97 @@ def clusters(panels: Mapping[str, tuple[np.ndarray, float]], classes: int, title
 def strengths(
     methods: Mapping[str, Sequence[Mapping]],
     none: Mapping,
+    chosen: Mapping[str, Mapping],
+    effects: Mapping[str, tuple[float, float, float]],
+    margin: float,
     words: Mapping[str, tuple[str, str]],
-    metrics: Mapping[str, str],
     title: str,
 ) -> Figure:
-    """One column a method, one row a metric: mean and standard deviation over trials, against the strength.
+    """One column a method: the held-out error and the trace against the strength; below, the effects on the test error.
 
     Args:
-      methods: {method: [{"strength": float, "trials": [{metric: float}, ...]}, ...]}.
+      methods: {method: [{"strength": float, "trials": [{"held_out_error", "trace": float}, ...]}, ...]}, of which mean
+        and standard deviation over trials are drawn. An error of more than 1.25 times that without any stands at the
+        upper edge as a number.
       none: such an entry without any of them, which is drawn as a band.
+      chosen: {method: the entry that was chosen}, which has a ring.
+      effects: {method: (mean, low, high)} of the test error minus that without any, in points.
+      margin: effects up to it count as none.
       words: {method: (its name, the name of its strength)}.
-      metrics: {metric: label of the axis}; errors are drawn in %, others on a log scale.
       title: what was run.
 
     Returns:
       The figure.
     """
-    figure, axes = _panels(len(metrics), len(methods), title)
-    axes = axes.reshape(len(metrics), len(methods))
-    for row, (metric, axis_label) in zip(axes, metrics.items(), strict=True):
-        factor = 100 if metric.endswith("error") else 1
+    figure = Figure(figsize=(7.5, 5.2), layout="constrained")
+    figure.suptitle(textwrap.fill(title, 105), fontsize=8)
+    grid = figure.add_gridspec(3, len(methods), height_ratios=[1, 1, 0.7])
+    rows = {"held_out_error": ("held-out error, %", 100), "trace": ("Tr(Hess) at the end", 1)}
+    drawn = dict(zip(methods, zip(COLORS, MARKERS, strict=False), strict=False))
+    for row, (metric, (axis_label, factor)) in enumerate(rows.items()):
 
         def moments(point, metric=metric, factor=factor):
             values = [factor * record[metric] for record in point["trials"]]
             return np.mean(values), np.std(values, ddof=len(values) > 1)
 
-        for axis, points, color, marker in zip(row, methods.values(), COLORS, MARKERS, strict=False):
-            mean, deviation = moments(none)
-            axis.axhspan(mean - deviation, mean + deviation, color="0.85", linewidth=0, label="none")
+        mean, deviation = moments(none)
+        top, shared = 1.25 * mean if metric.endswith("error") else np.inf, None
+        for column, (method, points) in enumerate(methods.items()):
+            axis = shared = figure.add_subplot(grid[row, column], sharey=shared)
+            color, marker = drawn[method]
+            axis.axhspan(mean - deviation, mean + deviation, color="0.88", linewidth=0, label="none")
             axis.axhline(mean, color="0.5", linewidth=1)
-            x, (y, error) = [p["strength"] for p in points], zip(*map(moments, points), strict=True)
-            axis.errorbar(x, y, error, color=color, marker=marker, markersize=4, linewidth=1.2, capsize=2)
+            inside = [point for point in points if moments(point)[0] <= top]
+            y, error = np.reshape([moments(point) for point in inside], (-1, 2)).T
+            style = dict(color=color, marker=marker, markersize=4, linewidth=1.2, capsize=2)
+            axis.errorbar([point["strength"] for point in inside], y, error, **style)
+            ring = dict(markersize=10, markerfacecolor="none", markeredgecolor="black", linestyle="none")
+            axis.plot(chosen[method]["strength"], moments(chosen[method])[0], "o", label="chosen", **ring)
             axis.set_xscale("log")
-            axis.set_xticks(x, [f"{strength:g}" for strength in x])
-            axis.minorticks_off()
-            if factor == 1:
+            if metric == "trace":
                 axis.set_yscale("log")
-        limits = np.array([axis.get_ylim() for axis in row])
-        for axis in row:
-            axis.set_ylim(limits[:, 0].min(), limits[:, 1].max())
-        row[0].set_ylabel(axis_label, **_STYLE)
-    for axis, method in zip(axes[0], methods, strict=True):
-        axis.set_title(words[method][0], **_STYLE)
-    for axis, method in zip(axes[-1], methods, strict=True):
-        axis.set_xlabel(words[method][1], **_STYLE)
-    axes[0, 0].legend(fontsize=7, frameon=False)
+            for point in points:
+                if np.isnan(value := moments(point)[0]):
+                    place = dict(transform=axis.get_xaxis_transform(), fontsize=7, ha="center", va="top", rotation=90)
+                    axis.text(point["strength"], 0.97, "diverged", color=color, **place)
+                elif value > top:
+                    axis.plot(
+                        point["strength"], 0.97, "^", color=color, markersize=5, transform=axis.get_xaxis_transform()
+                    )
+                    place = dict(xycoords=axis.get_xaxis_transform(), xytext=(-4, -1), textcoords="offset points")
+                    axis.annotate(f"{value:.0f}", (point["strength"], 0.97), ha="right", va="top", fontsize=7, **place)
+            every = [point["strength"] for point in points]
+            axis.set_xticks(every, [f"{strength:g}" for strength in every], rotation=45, ha="right")
+            axis.set_xlim(min(every) / 1.5, max(every) * 1.5)
+            axis.minorticks_off()
+            _tidy(axis)
+            axis.tick_params(labelleft=column == 0, labelbottom=row == 1, pad=1)
+            if row == 0:
+                axis.set_title(words[method][0], **_STYLE)
+            else:
+                axis.set_xlabel(words[method][1], **_STYLE)
+            if column == 0:
+                axis.set_ylabel(axis_label, **_STYLE)
+        if row == 0:
+            axis.legend(fontsize=7, frameon=False, loc="upper left")
+    axis = figure.add_subplot(grid[2, :])
+    axis.axvspan(-margin, margin, color="0.88", linewidth=0)
+    axis.axvline(0, color="0.5", linewidth=1)
+    for height, (method, (mean, low, high)) in enumerate(effects.items()):
+        color, marker = drawn[method]
+        axis.errorbar(mean, -height, xerr=[[mean - low], [high - mean]], color=color, marker=marker, capsize=2)
+    axis.set_yticks(-np.arange(len(effects)), [words[method][0] for method in effects])
+    axis.set_ylim(0.5 - len(effects), 0.5)
+    axis.set_xlabel(
+        "test error of the chosen strength - that of none, points: mean and 95% interval over new seeds", **_STYLE
+    )
+    _tidy(axis)
     return figure
+
+
+def _tidy(axis):
+    axis.tick_params(which="both", labelsize=7)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def precision(panels: Mapping[str, Mapping[str, Mapping[str, tuple]]], title: str) -> Figure:
@@ -417,7 +463,6 @@ def _panels(rows, columns, title, height=1.9):
     figure = Figure(figsize=(7.5, 0.5 + height * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
-        axis.tick_params(which="both", labelsize=7)
-        axis.spines[["top", "right"]].set_visible(False)
+        _tidy(axis)
     figure.suptitle(title, fontsize=9)
     return figure, axes

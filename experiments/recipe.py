@@ -82,6 +82,8 @@ class TrainConfig:
       weight_decay: coefficient of L2 regularisation, coupled as in SGD.
       sam: radius rho of sharpness-aware minimisation (Foret et al. 2021), 0 for none: the gradient is taken at the
         worst parameters within rho, to first order, for twice the time of a step.
+      noise_stability: standard deviation sigma of the noise of `jaxhess.add_noise_stability`, 0 for none: the gradient
+        is the mean of those at parameters that are moved by noise to both sides, in evaluation mode.
       augment: whether images are flipped, and rotated by up to 15 degrees, both at random.
       seed: seed of initialisation, order, augmentation and probes. Each has its own random numbers, so that trainings
         with the same seed and different penalties start from the same parameters and see the same images.
@@ -96,6 +98,7 @@ class TrainConfig:
     decay: float = 0.25
     weight_decay: float = 0.0
     sam: float = 0.0
+    noise_stability: float = 0.0
     augment: bool = False
     seed: int = 0
     penalty: tyro.conf.Suppress[Penalty | None] = None  # no key of the command line
@@ -107,6 +110,7 @@ class TrainConfig:
             ("learning_rate", 0, "not negative"),
             ("weight_decay", 0, "not negative"),
             ("sam", 0, "not negative"),
+            ("noise_stability", 0, "not negative"),
         ):
             if not getattr(self, name) >= low:
                 raise ValueError(f"{name} must be {words}, got {getattr(self, name)}")
@@ -158,7 +162,7 @@ def with_penalty(
     transform: optax.GradientTransformation | None = None,
     due: bool | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimizer with the penalty of its settings; for all steps, or for those on which it is due, or not due."""
+    """The optimizer with all that its settings say; for all steps, or those on which the penalty is due, or not due."""
     if config.penalty is not None:
         penalty = config.penalty.transform(model, config, steps_per_epoch)
         if due:
@@ -166,8 +170,16 @@ def with_penalty(
             penalty = always.transform(model, config, steps_per_epoch)
         elif due is not None:
             penalty = optax.GradientTransformationExtraArgs(penalty.init, _count_only)
-        transform = penalty if transform is None else optax.chain(penalty, transform)
+        transform = _before(penalty, transform)
+    if config.noise_stability:
+        key = keys(config.seed)["noise"]
+        noise = jh.add_noise_stability(models.objective(model), config.noise_stability, key=key)
+        transform = _before(noise, transform)
     return optimizer(config, steps_per_epoch, transform)
+
+
+def _before(first, transform):
+    return first if transform is None else optax.chain(first, transform)
 
 
 def _count_only(updates, state, params=None, **extra):
@@ -182,9 +194,13 @@ def penalty_state(opt_state: PyTree) -> jh.HessianTraceState | None:
 
 
 def settings(config: TrainConfig) -> dict[str, Any]:
-    """The fields of `TrainConfig` as plain values; without ``sam`` where it is off, as in nets kept before it was."""
-    names = [field.name for field in dataclasses.fields(TrainConfig) if field.name != "sam" or config.sam]
+    """The fields of `TrainConfig` as plain values; without those of `_LATER` that are off, as in nets kept before."""
+    fields = [field.name for field in dataclasses.fields(TrainConfig)]
+    names = [name for name in fields if name not in _LATER or getattr(config, name)]
     return {name: value for name, value in dataclasses.asdict(config).items() if name in names}
+
+
+_LATER = ("sam", "noise_stability")  # settings that came after the first nets were kept
 
 
 def written(
@@ -205,9 +221,10 @@ def written(
 
 
 def keys(seed: int) -> dict[str, jax.Array]:
-    """The keys of a seed: of initialisation, order, augmentation and penalty."""
-    names = ("init", "order", "augment", "penalty")
-    return dict(zip(names, jax.random.split(jax.random.key(seed), len(names)), strict=True))
+    """The keys of a seed: of initialisation, order, augmentation, penalty and noise."""
+    names, key = ("init", "order", "augment", "penalty"), jax.random.key(seed)
+    found = dict(zip(names, jax.random.split(key, len(names)), strict=True))
+    return found | {"noise": jax.random.fold_in(key, len(names))}  # the others are as before there was noise
 
 
 def _epochs(point, epochs):

@@ -126,6 +126,28 @@ def judge_no_difference(claim: Claim, values: Mapping[str, Sequence[float]], tes
     return f"{claim.words}: {verdict}\n  {_evidence(claim, found, margin, tests)}"
 
 
+def effect(claim: Claim, values: Mapping[str, Sequence[float]]) -> Effect:
+    """The paired difference of a claim, of test errors in points; arguments as of `judge`."""
+    return _measured(claim, values)[0]
+
+
+def outcome(claim: Claim, values: Mapping[str, Sequence[float]], tests: int = 1) -> str:
+    """What ``lower`` does to the test error, in a few words; arguments as of `judge`.
+
+    Returns:
+      "helps", "hurts", "makes no difference as large as 0.1 points", or "is not decided", as `judge` finds it; what
+      helps or hurts by less than that says so too.
+    """
+    found, margin = _measured(claim, values)
+    verdict = statistics.verdict(found, tests=tests, margin=margin)
+    if verdict == "not decided":
+        return f"is {verdict}"
+    if not tests * found.p_value() <= statistics.LEVEL:
+        return f"makes no difference as large as {margin:g} points"
+    small = f" by less than {margin:g} points" if tests * found.p_equivalence(margin) <= statistics.LEVEL else ""
+    return ("helps" if found.mean < 0 else "hurts") + small
+
+
 def _measured(claim, values):
     """The effect, and the margin that counts as none: test errors in points."""
     percent = claim.metric == "test_error"

@@ -28,11 +28,11 @@ import sys
 import textwrap
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any
 
-from experiments import interrupts, names, studies
+from experiments import aliases, interrupts, names, studies
 
 NEEDED_JAX = (0, 10)  # as setup.cfg has it
 PROGRAM = "python -m experiments.run"
@@ -69,17 +69,20 @@ def experiments() -> dict[str, str]:
 
 
 def _modules():
-    """{experiment: its module}."""
+    """{experiment: its module, for an alias that of the experiment which it stands for}."""
     found = {module.name: f"{studies.__name__}.{module.name}" for module in pkgutil.iter_modules(studies.__path__)}
     found |= {"bench": "experiments.bench.study", "accuracy": "experiments.bench.accuracy"}
+    found |= {name: found[alias.experiment] for name, alias in aliases.ALIASES.items()}
     return dict(sorted(found.items()))
 
 
+@lru_cache
 def load(name: str) -> ModuleType:
     """The module of an experiment; ValueError that lists them if there is none of this name."""
     modules = _modules()
     names.check("experiment", name, modules)
-    return importlib.import_module(modules[name])
+    module = importlib.import_module(modules[name])
+    return aliases.module(name, module) if name in aliases.ALIASES else module
 
 
 # ---- words ----

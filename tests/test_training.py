@@ -17,6 +17,7 @@ import pytest
 from chex import assert_trees_all_equal
 from helpers import made_dataset
 
+import jaxhess as jh
 from experiments import data, models, recipe, store, train
 
 ROOT = pathlib.Path(train.__file__).parent.parent
@@ -313,3 +314,34 @@ def test_nets_kept_before_sam_are_still_found(made, tmp_path):
     assert "sam" not in recipe.settings(SHORT)
     paths = {train.net_path("mlp", made, dataclasses.replace(SHORT, sam=rho), tmp_path) for rho in (0.0, 0.1, 0.2)}
     assert len(paths) == 3
+
+
+def test_noise_stability_takes_the_mean_of_the_gradients_to_both_sides(made):
+    """Before momentum and L2, at the noise of the key that is this seed's."""
+    config = recipe.TrainConfig(epochs=1, batch_size=30, learning_rate=0.05, momentum=0.0, seed=3)
+    sigma, batch = 0.3, made.batch(made.train)
+    first = train.init_state(mlp(), recipe.optimizer(config, 1), config, made).params
+    objective, key = models.objective(mlp()), recipe.keys(3)["noise"]
+    tx = jh.add_noise_stability(objective, sigma, key=key)
+    wanted, _ = tx.update(jax.grad(objective)(first, batch), tx.init(first), first, batch=batch)
+    found = train.train(mlp(), made, dataclasses.replace(config, noise_stability=sigma), progress=False).params
+    jax.tree.map(lambda p, g, q: np.testing.assert_allclose(p - 0.05 * g, q, atol=1e-6), first, wanted, found)
+    plain = train.train(mlp(), made, config, progress=False).params
+    assert abs(plain["fc1"]["kernel"] - found["fc1"]["kernel"]).max() > 1e-4
+
+
+def test_the_noise_has_a_key_of_its_own_and_goes_with_a_penalty(made):
+    data = {name: jax.random.key_data(key).tolist() for name, key in recipe.keys(3).items()}
+    assert len(data) == len(set(map(tuple, data.values()))) == 5
+    config = dataclasses.replace(HTR, noise_stability=0.1)
+    found = train.train(mlp(), made, config, progress=False)
+    assert differ(found, train.train(mlp(), made, HTR, progress=False))
+    assert np.isfinite(found.history["penalty"]).all() and found.history["skipped"][-1] == 0
+
+
+def test_nets_kept_before_noise_stability_are_still_found(made, tmp_path):
+    assert "noise_stability" not in recipe.settings(SHORT)
+    settings = [dataclasses.replace(SHORT, noise_stability=sigma) for sigma in (0.0, 0.1, 0.2)]
+    assert len({train.net_path("mlp", made, config, tmp_path) for config in settings}) == 3
+    with pytest.raises(ValueError, match="noise_stability must be not negative, got -0.1"):
+        recipe.TrainConfig(noise_stability=-0.1)
