@@ -1,4 +1,4 @@
-"""Figure 5: nets compared pair by pair and trial by trial, at the last epoch and at equal training loss."""
+"""Figures 4 and 5: falls over training, and nets compared at equal training loss, trial by trial."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from experiments.studies import fig5
+from experiments.studies import fig4, fig5
 
 CONFIG = fig5.Config(model=("vgg11_bn", "vgg11"), dataset=("mnist",), trials=3)
 
@@ -39,9 +39,9 @@ def test_a_pair_is_compared_in_words():
     found = list(fig5.compared(CONFIG, {"VGG11-BN on MNIST": FAST, "VGG11 on MNIST": SLOW}))
     assert found[0] == "batch norm on MNIST: in times the trace without, 3 trials"
     low, high = np.exp(scipy.stats.t.interval(0.95, 2, np.log(10), scipy.stats.sem(np.log([20, 10, 5]))))
-    assert found[1].startswith(f"  Tr(Hess): 10.00 (95% interval {low:.2f} to {high:.2f}) at the last epoch, 7.58 (95%")
+    assert found[1].startswith(f"  Tr(Hess): 10 (95% interval {low:.3g} to {high:.3g}) at the last epoch, 7.58 (95%")
     assert found[2] == "  Tr(Hess): lower at equal training loss: not decided"
-    assert found[3].startswith("  scale-free: 20.00 (95%") and "15.16 (95%" in found[3]
+    assert found[3].startswith("  scale-free: 20 (95%") and "15.2 (95%" in found[3]
     assert found[5] == "  the training losses at which they are compared: 0.4, 0.4, 0.4"
 
 
@@ -58,10 +58,35 @@ def test_one_trial_has_no_interval_and_decides_nothing():
     config = dataclasses.replace(CONFIG, trials=1)
     found = list(fig5.compared(config, dict(zip(("VGG11-BN on MNIST", "VGG11 on MNIST"), one, strict=True))))
     assert found[0].endswith("without, 1 trial")
-    assert found[1] == "  Tr(Hess): 20.00 at the last epoch, 15.16 at equal training loss"
+    assert found[1] == "  Tr(Hess): 20 at the last epoch, 15.2 at equal training loss"
     assert found[2].endswith("not decided")
 
 
 def test_nets_without_a_partner_are_not_compared():
     config = dataclasses.replace(CONFIG, model=("vgg11_bn", "resnet18"))
     assert list(fig5.compared(config, {})) == []
+
+
+def test_falls_are_judged_from_the_start_and_from_the_first_measurement_after_it():
+    traces = [[10.0, 100.0, 2.0], [10.0, 120.0, 2.1], [10.0, 90.0, 1.9]]
+    record = {
+        "epochs": [0, 5, 10],
+        "trace/total": traces,
+        "lambda_max/total": [[1.0, 1.0, 9.0], *[[1.0, 1.0, 10.0]] * 2],
+    }
+    largest, trace = fig4.falls(record, tests=2)
+    logs = np.log([0.2, 0.21, 0.19])
+    low, high = np.exp(scipy.stats.t.interval(0.95, 2, logs.mean(), scipy.stats.sem(logs)))
+    middle = np.exp(logs.mean())
+    start = f"that at epoch 0 {middle:.3g} (95% interval {low:.3g} to {high:.3g}), falls: holds"
+    assert trace.startswith(f"trace at epoch 10, in times {start}; that at epoch 5 0.0195 (95%")
+    assert trace.endswith(", falls: holds")
+    assert largest.count("9.65 (95% interval") == 2 and largest.count("falls: does not hold") == 2
+
+
+def test_one_training_does_not_decide_whether_curvature_falls():
+    record = {"epochs": [0, 5, 10], "trace/total": [[10.0, 100.0, 2.0]], "lambda_max/total": [[1.0, 1.0, 9.0]]}
+    _, trace = fig4.falls(record)
+    assert trace == (
+        "trace at epoch 10, in times that at epoch 0 0.2, falls: not decided; that at epoch 5 0.02, falls: not decided"
+    )

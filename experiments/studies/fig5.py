@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import figures, plot, statistics, store
+from experiments import figures, plot, report, statistics, store
 from experiments.figures import OverTraining as Config
 
 __all__ = ["Config", "draw", "run"]
@@ -82,8 +82,8 @@ def compared(config: Config, numbers: Mapping[str, Any]) -> Iterator[str]:
         yield f"{words}: in times the trace without, {config.trials} trial{'s' if config.trials > 1 else ''}"
         for form, values in FORMS.items():
             last, equal, losses = ratios(records, [values(record) for record in records])
-            verdict = statistics.verdict(_effect(equal), tests=len(names) * len(FORMS))
-            yield f"  {form}: {_times(last)} at the last epoch, {_times(equal)} at equal training loss"
+            verdict = statistics.verdict(report.log_effect(equal), tests=len(names) * len(FORMS))
+            yield f"  {form}: {report.times(last)} at the last epoch, {report.times(equal)} at equal training loss"
             yield f"  {form}: lower at equal training loss: {verdict}"
         yield f"  the training losses at which they are compared: {', '.join(f'{loss:.3g}' for loss in losses)}"
 
@@ -127,16 +127,3 @@ def _at_common_loss(curves):
         return common, None
     # of losses that rise
     return common, [np.exp(np.interp(common, losses[::-1], np.log(traces[::-1]))) for losses, traces in curves]
-
-
-def _effect(values):
-    return statistics.paired(np.log(values), np.zeros(len(values)))
-
-
-def _times(values):
-    """The geometric mean of ratios, with its interval where there are several."""
-    effect = _effect(values)
-    if not np.isfinite(effect.std_error):
-        return f"{np.exp(effect.mean):.2f}"
-    low, high = np.exp(effect.interval())
-    return f"{np.exp(effect.mean):.2f} (95% interval {low:.2f} to {high:.2f})"
