@@ -1,4 +1,4 @@
-"""Figures 4 and 5: falls over training, and nets compared at equal training loss, trial by trial."""
+"""What verdicts rest on: falls over training, nets at equal training loss, outliers of random spectra."""
 
 import dataclasses
 
@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
+import jaxhess as jh
+from experiments import nulls
 from experiments.studies import fig4, fig5
 
 CONFIG = fig5.Config(model=("vgg11_bn", "vgg11"), dataset=("mnist",), trials=3)
@@ -90,3 +92,12 @@ def test_one_training_does_not_decide_whether_curvature_falls():
     assert trace == (
         "trace at epoch 10, in times that at epoch 0 0.2, falls: not decided; that at epoch 5 0.02, falls: not decided"
     )
+
+
+def test_outliers_are_counted_in_random_spectra_too():
+    steps = jh.Spectrum.from_eigenvalues(np.array([100.0, 90.0, 80.0, *np.linspace(2.0, 1.0, 97)]), 1000)
+    words = nulls.outliers([steps], draws=10)
+    ours, random = words.split(";")
+    assert ours == "outliers of the spectra of G: 0 or 1 in 0, 2 to 20 in 1, more in 0"
+    counts = [int(part.split()[-1]) for part in random.split(",")]
+    assert sum(counts) == 10 and counts[1] <= 1
