@@ -8,7 +8,7 @@ import scipy.stats
 
 import jaxhess as jh
 from experiments import nulls
-from experiments.studies import fig4, fig5
+from experiments.studies import fig2, fig4, fig5
 
 CONFIG = fig5.Config(model=("vgg11_bn", "vgg11"), dataset=("mnist",), trials=3)
 
@@ -101,3 +101,11 @@ def test_outliers_are_counted_in_random_spectra_too():
     assert ours == "outliers of the spectra of G: 0 or 1 in 0, 2 to 20 in 1, more in 0"
     counts = [int(part.split()[-1]) for part in random.split(",")]
     assert sum(counts) == 10 and counts[1] <= 1
+
+
+def test_vectors_that_lie_together_by_output_are_told_from_those_by_class():
+    """One-hot vectors of c, or of c', for four classes; the four behind them, delta_c, play no part."""
+    index, noise = np.nonzero(~np.eye(4, dtype=bool)), np.random.default_rng(0).normal(size=(12, 4))
+    by_class, by_output = (np.concatenate([10 * np.eye(4)[each] + noise, np.zeros((4, 4))]) for each in index)
+    assert fig2.of_outputs(by_output, 4) > 0.6 and fig2.of_outputs(by_class, 4) < 0
+    assert fig2.silhouettes(by_class, 4, 1, 0)["silhouette"] > 0.6
