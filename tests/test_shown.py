@@ -45,6 +45,22 @@ def test_what_need_not_be_left_out_is_said(outputs, monkeypatch):
     assert shown.stale(PAGE, outputs) == ["UNPRINTED need not name: conv1 156"]
 
 
+def test_intervals_in_the_text_are_what_the_kept_results_print(outputs):
+    assert shown.stale_intervals(PAGE, outputs) == []
+    text = "## What replicates\n\nless (95% interval 0.12 to 0.35), by 1 to 2, 3 (0.5 to 0.6),\nor (-1 to\n3)\n\n"
+    text += "## Next\n(7 to 8)\n"
+    printed = {"one": ["x 0.118 to 0.351 and 0.5 to 0.7"], "two": ["y -1.2 to 2.9"]}
+    assert shown.stale_intervals(text, printed) == ["no kept result prints the interval 0.5 to 0.6"]
+    assert len(shown.stale_intervals(text, {"one": ["0.2 to 0.3"]})) == 3
+    assert "not where it was" in shown.stale_intervals("text", printed)[0]
+
+
+def test_a_changed_interval_is_seen(outputs):
+    assert PAGE.count("(95% interval -0.062 to 0.042)") == 1
+    changed = PAGE.replace("(95% interval -0.062 to 0.042)", "(95% interval -0.062 to 0.043)")
+    assert shown.stale_intervals(changed, outputs) == ["no kept result prints the interval -0.062 to 0.043"]
+
+
 def test_speeds_are_those_of_the_benchmarks():
     assert shown.stale_speeds(PAGE, README) == []
     assert "| 0.22 |" in PAGE and "1.25, 0.97" in README
