@@ -9,7 +9,7 @@ and without them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -88,6 +88,24 @@ def compare(
         for part in (lambda spectrum: spectrum, without_zeros):
             found.append(measure(scaled(part(layer), by), scaled(part(total), by), True))
     return dict(zip(COMPARISONS, found, strict=True))
+
+
+def outliers(spectra: Iterable[jh.Spectrum], draws: int = 20, seed: int = 0) -> str:
+    """How many outliers spectra have, and how many random ones of the same sizes and traces, in words.
+
+    Args:
+      spectra: of the layers and of the net.
+      draws: random spectra for each of them.
+      seed: of these.
+    """
+    generator, spectra = np.random.default_rng(seed), list(spectra)
+    random = [divided_at_random(spectrum, generator) for spectrum in spectra for _ in range(draws)]
+    found = []
+    for some in (spectra, random):
+        counts = np.array([jh.count_outliers(spectrum) for spectrum in some])
+        few, several = int(np.sum(counts < 2)), int(np.sum((counts > 1) & (counts <= 20)))
+        found.append(f"0 or 1 in {few}, 2 to 20 in {several}, more in {len(counts) - few - several}")
+    return f"outliers of the spectra of G: {found[0]}; of random spectra of the same sizes and traces: {found[1]}"
 
 
 def closer(distances: Mapping[str, float]) -> float:

@@ -202,6 +202,20 @@ def rank_correlation_of_series(traces: Sequence[float], gaps: Sequence[float]) -
     )
 
 
+def log_effect(ratios: Sequence[float]) -> Effect:
+    """The mean logarithm of ratios, one for each trial; less than 0 where what is above the line is smaller."""
+    return statistics.paired(np.log(ratios), np.zeros(len(ratios)))
+
+
+def times(ratios: Sequence[float]) -> str:
+    """The geometric mean of ratios, one for each trial, in words: with its 95% interval where there are several."""
+    effect = log_effect(ratios)
+    if not np.isfinite(effect.std_error):
+        return f"{np.exp(effect.mean):.3g}"
+    low, high = np.exp(effect.interval())
+    return f"{np.exp(effect.mean):.3g} (95% interval {low:.3g} to {high:.3g})"
+
+
 # ---- time ----
 
 

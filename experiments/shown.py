@@ -3,8 +3,9 @@
     python -m experiments.shown
 
 Every line with a number in the fenced tables of ``docs/results.md`` must be one that an experiment prints from the
-numbers in ``results/``, digit for digit, and the numbers of the tables on speed must be those of the benchmarks.
-`UNPRINTED` lists what cannot be printed again, and why. Nothing is computed or drawn.
+numbers in ``results/``, digit for digit. So must, rounded, every interval in the text of "What replicates". The numbers
+of the tables on speed must be those of the benchmarks. `UNPRINTED` lists what cannot be printed again, and why. Nothing
+is computed or drawn.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import pathlib
 import re
 import sys
 from collections.abc import Iterator, Mapping
+
+import numpy as np
 
 from experiments import folders, plot, run, store
 
@@ -93,6 +96,31 @@ def stale(text: str, outputs: Mapping[str, list[str]]) -> list[str]:
     ]
 
 
+NUMBER = r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?"
+
+
+def stale_intervals(page: str, outputs: Mapping[str, list[str]]) -> list[str]:
+    """What is wrong with the intervals in the text of "What replicates"; arguments and result as of `stale`.
+
+    They are "95% interval A to B" and "(A to B)", with as many decimals as are shown; those in % are not looked at.
+    """
+    section = re.search(r"^## What replicates\n(.*?)^## ", page, re.DOTALL | re.MULTILINE)
+    if not section:
+        return ["the section on what replicates is not where it was"]
+    lines = " ".join(line for found in outputs.values() for line in found)
+    known = np.array(re.findall(rf"({NUMBER}) to ({NUMBER})", lines), float)
+    shown = re.findall(rf"(?:\(|95% interval )({NUMBER}) to ({NUMBER})(?=[);,])", _single(section[1]))
+    return [
+        f"no kept result prints the interval {' to '.join(pair)}"
+        for pair in shown
+        if not np.any(np.all([np.round(known[:, i], _decimals(end)) == float(end) for i, end in enumerate(pair)], 0))
+    ]
+
+
+def _decimals(number):
+    return len(number.partition(".")[2])
+
+
 def stale_speeds(page: str, readme: str) -> list[str]:
     """The numbers of the table on speed, and of the README's section, that are in no benchmark's "ours / theirs"."""
     known = {m for lines in tables(page) for line in lines for m in re.findall(r"([\d.]+) (?:ours|\w+)$", line)}
@@ -111,7 +139,11 @@ def check(root: pathlib.Path = folders.ROOT) -> list[str]:
     kept = sorted(path.parent for path in (root / folders.RESULTS).glob(f"*/{folders.CONFIG}"))
     outputs = {folder.name: printed(folder) for folder in kept}
     page = (root / PAGE).read_text()
-    return stale(page, outputs) + stale_speeds(page, (root / README).read_text())
+    return [
+        *stale(page, outputs),
+        *stale_intervals(page, outputs),
+        *stale_speeds(page, (root / README).read_text()),
+    ]
 
 
 def _single(line):

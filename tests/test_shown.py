@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from experiments import arms, folders, plot, shown
+from experiments import arms, folders, plot, shown, statistics
 from experiments.studies import table4
 
 PAGE = (folders.ROOT / shown.PAGE).read_text()
@@ -43,6 +43,32 @@ def test_a_changed_digit_is_seen(outputs, line, digits):
 def test_what_need_not_be_left_out_is_said(outputs, monkeypatch):
     monkeypatch.setattr(shown, "UNPRINTED", shown.UNPRINTED | {"conv1 156": "it can be printed"})
     assert shown.stale(PAGE, outputs) == ["UNPRINTED need not name: conv1 156"]
+
+
+def test_intervals_in_the_text_are_what_the_kept_results_print(outputs):
+    assert shown.stale_intervals(PAGE, outputs) == []
+    text = "## What replicates\n\nless (95% interval 0.12 to 0.35), by 1 to 2, 3 (0.5 to 0.6),\nor (-1 to\n3)\n\n"
+    text += "## Next\n(7 to 8)\n"
+    printed = {"one": ["x 0.118 to 0.351 and 0.5 to 0.7"], "two": ["y -1.2 to 2.9"]}
+    assert shown.stale_intervals(text, printed) == ["no kept result prints the interval 0.5 to 0.6"]
+    assert len(shown.stale_intervals(text, {"one": ["0.2 to 0.3"]})) == 3
+    assert "not where it was" in shown.stale_intervals("text", printed)[0]
+
+
+def test_every_claim_has_one_verdict_and_a_paragraph():
+    section = PAGE.split("\n## What replicates\n")[1].split("\n## ")[0]
+    table, evidence = section.split("### The evidence, claim by claim")
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 20 and all(len(row) == 3 and row[-1] in statistics.VERDICTS for row in rows)
+    places = {place for row in rows for place in re.findall(r"\((?:Figures?|Table) [\d, and]+\)", row[0])}
+    assert {place for place in places if place not in evidence} == set()
+    assert {"(Figure 4)", "(Figures 3, 12)", "(Table 1)", "(Table 4)"} <= places
+
+
+def test_a_changed_interval_is_seen(outputs):
+    assert PAGE.count("(95% interval -0.062 to 0.042)") == 1
+    changed = PAGE.replace("(95% interval -0.062 to 0.042)", "(95% interval -0.062 to 0.043)")
+    assert shown.stale_intervals(changed, outputs) == ["no kept result prints the interval -0.062 to 0.043"]
 
 
 def test_speeds_are_those_of_the_benchmarks():

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 import jaxhess as jh
-from experiments import figures, measure, models, plot, store
+from experiments import figures, measure, models, nulls, plot, store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,13 +95,15 @@ def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> N
 
 
 def draw(config: Config, out_dir: pathlib.Path) -> None:
-    """Draws the figure from the saved numbers, and prints the table."""
+    """Draws the figure from the saved numbers, and prints the table and how many outliers random spectra have."""
     numbers = store.load_json(out_dir / "numbers.json")
     if "table" in numbers:
         print(f"curvature at {numbers['images']} training images, measured in {numbers['seconds_measuring']:.0f} s:")
         print(*numbers["table"], sep="\n")
     arrays = store.load_arrays(out_dir / "numbers.npz")
     spectra = {kind: measure.unpack(arrays, kind) for kind in config.curvatures}
+    if "ggn" in spectra:
+        print(nulls.outliers(spectra["ggn"].values()))
     words = {kind: figures.how(config) for kind in spectra}
     if "ggn" in spectra and all(np.ptp(found.residuals) == 0 for found in spectra["ggn"].values()):
         words["ggn"] = "exact"  # Ritz values would have residuals of their own each

@@ -3,8 +3,8 @@
     python -m experiments.run fig2 model=lenet dataset=mnist
 
 The paper finds C clusters in every layer. Beside the picture stands what t-SNE cannot invent: the silhouette of the
-classes c among the delta_{c,c'} themselves, with its value for shuffled classes, and the share of each part of G in its
-trace.
+classes c among the delta_{c,c'} themselves, with its value for shuffled classes, that of the outputs c', and the share
+of each part of G in its trace.
 """
 
 from __future__ import annotations
@@ -82,21 +82,27 @@ def silhouettes(points: np.ndarray, classes: int, shuffles: int, seed: int) -> d
     return {name: float(value) for name, value in found.items()}
 
 
+def of_outputs(points: np.ndarray, classes: int) -> float:
+    """The silhouette of the outputs c' among the delta_{c,c'}: whether they lie together by where the slope points."""
+    _, outputs = np.nonzero(~np.eye(classes, dtype=bool))
+    return float(silhouette_score(points[:-classes], outputs))
+
+
 def draw(config: Config, out_dir: pathlib.Path) -> None:
     """Draws the figure from the saved numbers, and prints the silhouettes and the parts."""
     numbers = store.load_json(out_dir / "numbers.json")
     layers = numbers["layers"]
-    print(f"{'':{max(map(len, layers))}}  silhouette  shuffled (max)   share of Tr G: " + ", ".join(PARTS))
+    arrays, classes = store.load_arrays(out_dir / "numbers.npz"), numbers["num_classes"]
+    print(f"{'':{max(map(len, layers))}}  silhouette  shuffled (max)   by c'   share of Tr G: " + ", ".join(PARTS))
     for layer, record in layers.items():
         shares = "  ".join(f"{record['traces'][part] / record['traces']['total']:6.1%}" for part in PARTS)
         print(
             f"{layer:{max(map(len, layers))}}  {record['silhouette']:10.3f}  {record['shuffled']:.3f} "
-            f"({record['shuffled_max']:.3f})   {shares}"
+            f"({record['shuffled_max']:.3f})  {of_outputs(arrays[f'{layer}/points'], classes):6.3f}   {shares}"
         )
-    arrays = store.load_arrays(out_dir / "numbers.npz")
     title = (
         f"{figures.about(config, config.model, config.dataset)}, test error {numbers['test_error']:.1%}: "
         f"t-SNE of $\\delta_{{c,c'}}$ (dots) and $\\delta_c$ (crosses)"
     )
     panels = {layer: (arrays[f"{layer}/embedded"], record["silhouette"]) for layer, record in layers.items()}
-    plot.save(plot.clusters(panels, numbers["num_classes"], title), out_dir / "figure.png")
+    plot.save(plot.clusters(panels, classes, title), out_dir / "figure.png")

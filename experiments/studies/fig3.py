@@ -196,6 +196,13 @@ def _print_comparisons(metric, trainings, params, few):
     report.print_columns(lines)
     below = {null: sum(means["as it is"][name] < means[null][name] for name in layers) for null in nulls.NULLS}
     print(f"    closer than all zeros: {below['all zero']} of {len(layers)} layers; than random: {below['random']}")
+    if len(trainings) > 1:
+        parts = [
+            f"{key} {report.times([nulls.ratio(one[key]) for one in trainings])}"
+            for key in means
+            if key not in nulls.NULLS
+        ]
+        print(f"    middle layers in times the others: {'; '.join(parts)}")
     verdict = nulls.verdict(trainings, tests=len(nulls.DISTANCES))
     count = f"{len(trainings)} training{'s' if len(trainings) > 1 else ''}"
     print(f"    the middle layers are the closest, {count}: {verdict}")

@@ -8,10 +8,12 @@ The paper finds that both fall; printed beside is how far the trace goes with th
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
-from experiments import figures, plot, report, store
+from experiments import figures, plot, report, statistics, store
 from experiments.figures import OverTraining as Config
 
 __all__ = ["Config", "draw", "run"]
@@ -34,6 +36,8 @@ def draw(config: Config, out_dir: pathlib.Path) -> None:
     for name, record in numbers.items():
         for metric in ("lambda_max", "trace"):
             print(f"{name}: {metric} {figures.course(record['epochs'], record[f'{metric}/total'])}")
+        for line in falls(record, tests=2 * len(numbers)):
+            print(f"{name}: {line}")
         if "train_loss" in record:  # which results kept before do not name
             print(f"{name}: training loss of the last epoch {np.mean(record['train_loss'], 0)[-1]:.3g}")
         measured = [epoch for epoch in record["epochs"] if epoch > 0]
@@ -44,3 +48,23 @@ def draw(config: Config, out_dir: pathlib.Path) -> None:
     traces, gaps = ([np.mean(record[key], 0)[-1] for record in numbers.values()] for key in ("trace/total", "gap"))
     if len(numbers) > 2:
         print(report.rank_correlation(traces, gaps, f"at the end over {len(numbers)} nets"))
+
+
+def falls(record: Mapping[str, Any], tests: int = 1) -> Iterator[str]:
+    """Whether lambda_max and trace fall, in words: from the start, and from the first measurement after it, to the end.
+
+    The start is that of training, at which the running statistics of batch norm are not yet those of the data.
+
+    Args:
+      record: of one net over its trials.
+      tests: how many such falls are looked at, by which each p is multiplied.
+    """
+    epochs = record["epochs"]
+    for metric in ("lambda_max", "trace"):
+        values = np.array(record[f"{metric}/total"])
+        parts = []
+        for i, epoch in list(enumerate(epochs[:-1]))[:2]:
+            ratios = values[:, -1] / values[:, i]
+            verdict = statistics.verdict(report.log_effect(ratios), tests=tests)
+            parts.append(f"that at epoch {epoch} {report.times(ratios)}, falls: {verdict}")
+        yield f"{metric} at epoch {epochs[-1]}, in times {'; '.join(parts)}"

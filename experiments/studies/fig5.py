@@ -3,29 +3,33 @@
     python -m experiments.run fig5 model=vgg11,vgg11_bn,resnet18,resnet18_noskip dataset=cifar10
 
 The paper finds less curvature with batch norm and with skip connections. Batch norm makes weights scale-free: they can
-grow and the trace fall without anything changing, so that Tr(Hess) ||w||^2 stands beside it.
+grow and the trace fall without anything changing, so that Tr(Hess) ||w||^2 stands beside it. A net that fits faster has
+another trace at the same epoch, so that the nets are compared at the same training loss too.
 """
 
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from experiments import figures, plot, store
+from experiments import figures, plot, report, statistics, store
 from experiments.figures import OverTraining as Config
 
 __all__ = ["Config", "draw", "run"]
 
 run = figures.run_over_training
 
+PAIRS = {"batch norm": ("vgg11_bn", "vgg11"), "skip connections": ("resnet18", "resnet18_noskip")}  # with, without
+FORMS = {"Tr(Hess)": lambda record: record["trace/total"], "scale-free": figures.scale_free}
+
 
 def draw(config: Config, out_dir: pathlib.Path) -> None:
-    """Draws the figure from the saved numbers, and prints them at the end of training."""
-    numbers = store.load_json(out_dir / "numbers.json")
-    numbers, title = figures.told_apart(config, numbers)
+    """Draws the figure from the saved numbers, and prints them at the end of training and at equal loss."""
+    found = store.load_json(out_dir / "numbers.json")
+    numbers, title = figures.told_apart(config, found)
     print(title)
     panels = {
         "Tr(Hess)": {name: record["trace/total"] for name, record in numbers.items()},
@@ -36,28 +40,90 @@ def draw(config: Config, out_dir: pathlib.Path) -> None:
     for name, record in numbers.items():
         print(f"{name}: Tr(Hess) {figures.course(record['epochs'], record['trace/total'])}")
         print(f"{name}: sum of Tr(Hess_l) ||w_l||^2 {figures.course(record['epochs'], figures.scale_free(record))}")
-    if all("train_loss" in record for record in numbers.values()):
-        for line in at_equal_loss(numbers):
-            print(line)
-    else:
+    if not all("train_loss" in record for record in numbers.values()):
         print("training losses were not kept: the nets are compared at equal epochs alone")
+        return
+    for line in [*at_equal_loss(numbers), *compared(config, found)]:
+        print(line)
 
 
 def at_equal_loss(numbers: Mapping[str, Any]) -> Iterator[str]:
-    """The traces of the nets at the lowest training loss that each of them reaches, in words.
+    """The traces of the nets at the lowest training loss that each of them reaches, in words; means over trials.
 
     The logarithm of the trace is interpolated in the loss, between measurements that each lower it.
     """
-    curves = {}
-    for name, record in numbers.items():
-        due = np.array([epoch for epoch in record["epochs"] if epoch > 0])
-        losses, traces = np.mean(record["train_loss"], 0)[due - 1], np.mean(record["trace/total"], 0)[-len(due) :]
-        lower = losses < np.minimum.accumulate([np.inf, *losses[:-1]])
-        curves[name] = losses[lower], traces[lower]
-    common, first = max(losses[-1] for losses, _ in curves.values()), min(losses[0] for losses, _ in curves.values())
-    if common > first:
+    curves = {
+        name: _curve(record["epochs"], np.mean(record["train_loss"], 0), np.mean(record["trace/total"], 0))
+        for name, record in numbers.items()
+    }
+    common, values = _at_common_loss(list(curves.values()))
+    if values is None:
+        first = min(losses[0] for losses, _ in curves.values())
         yield f"no training loss is common to all nets: one starts at {first:.3g}, one ends at {common:.3g}"
         return
-    for name, (losses, traces) in curves.items():
-        value = np.exp(np.interp(common, losses[::-1], np.log(traces[::-1])))  # of losses that rise
+    for name, value in zip(curves, values, strict=True):
         yield f"{name}: Tr(Hess) {value:.4g} at a training loss of {common:.3g}"
+
+
+def compared(config: Config, numbers: Mapping[str, Any]) -> Iterator[str]:
+    """What each of `PAIRS` does to the trace, trial by trial, in words: at the last epoch and at equal training loss.
+
+    The claim that it lowers the trace is a t-test of the logarithm of the ratio at equal loss, with p multiplied by the
+    number of pairs and of forms of the trace.
+    """
+    names = {
+        f"{words} on {plot.label(dataset)}": [figures.about(config, model, dataset) for model in models]
+        for dataset in config.dataset
+        for words, models in PAIRS.items()
+        if set(models) <= set(config.model)
+    }
+    for words, pair in names.items():
+        records = [numbers[name] for name in pair]
+        yield f"{words}: in times the trace without, {config.trials} trial{'s' if config.trials > 1 else ''}"
+        for form, values in FORMS.items():
+            last, equal, losses = ratios(records, [values(record) for record in records])
+            verdict = statistics.verdict(report.log_effect(equal), tests=len(names) * len(FORMS))
+            yield f"  {form}: {report.times(last)} at the last epoch, {report.times(equal)} at equal training loss"
+            yield f"  {form}: lower at equal training loss: {verdict}"
+        yield f"  the training losses at which they are compared: {', '.join(f'{loss:.3g}' for loss in losses)}"
+
+
+def ratios(records: Sequence[Mapping[str, Any]], traces: Sequence[Sequence]) -> tuple[np.ndarray, np.ndarray, list]:
+    """The traces of the first of two nets in times those of the second, trial by trial.
+
+    Args:
+      records: of the two nets, with "epochs" and "train_loss" of each trial.
+      traces: of the two nets, (trials, epochs).
+
+    Returns:
+      The ratios at the last epoch, those at the lowest training loss that both nets of a trial reach (NaN if there is
+      none), and these losses.
+    """
+    last, equal, common = [], [], []
+    for trial in range(len(records[0]["train_loss"])):
+        curves = [
+            _curve(record["epochs"], record["train_loss"][trial], values[trial])
+            for record, values in zip(records, traces, strict=True)
+        ]
+        loss, values = _at_common_loss(curves)
+        last.append(traces[0][trial][-1] / traces[1][trial][-1])
+        equal.append(np.nan if values is None else values[0] / values[1])
+        common.append(loss)
+    return np.array(last), np.array(equal), common
+
+
+def _curve(epochs, losses, traces):
+    """(losses, traces) at the measured epochs after the start of training that each lower the loss."""
+    due = np.array([epoch for epoch in epochs if epoch > 0])
+    losses, traces = np.asarray(losses)[due - 1], np.asarray(traces)[-len(due) :]
+    lower = losses < np.minimum.accumulate([np.inf, *losses[:-1]])
+    return losses[lower], traces[lower]
+
+
+def _at_common_loss(curves):
+    """The lowest loss that all curves reach, and the value of each there; None if another starts below it."""
+    common = max(losses[-1] for losses, _ in curves)
+    if common > min(losses[0] for losses, _ in curves):
+        return common, None
+    # of losses that rise
+    return common, [np.exp(np.interp(common, losses[::-1], np.log(traces[::-1]))) for losses, traces in curves]
