@@ -174,8 +174,8 @@ def preconditioner(
       >>> import jax.numpy as jnp, jaxhess as jh, optax
       >>> tx = optax.adam(1e-3)
       >>> _, state = tx.update(jnp.array([3.0, 0.0]), tx.init(jnp.zeros(2)))
-      >>> jh.preconditioner(state).round(3)
-      Array([3., 0.], dtype=float32)
+      >>> [round(float(x), 3) for x in jh.preconditioner(state)]
+      [3.0, 0.0]
 
     Reference: Kingma and Ba 2015, Adam, algorithm 1; Cohen et al. 2022 (arXiv 2207.14484), equation (2).
     """
