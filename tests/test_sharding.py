@@ -60,6 +60,14 @@ def results(params, batch):
     found["weights"] = np.concatenate([spectrum.weights for spectrum in spectra.values()])
     values, vectors, _ = jh.top_eigenpairs(operator, like=params, key=KEY, k=2)
     found["eigenvalues"], found["eigenvectors"] = values, np.abs(ravel(vectors))
+    found["warm start"] = jh.top_eigenpairs(operator, like=params, key=KEY, k=2, start=vectors)[0]
+    scale = jax.tree.map(lambda x: 1 + x**2, params)
+    found["preconditioned"] = ravel(jh.precondition(operator, scale)(v))
+    found["finite"] = ravel(jh.hessian(P.objective, params, batch, differentiation="finite")(v))
+    groups = {"half": jh.part("fc1/w", np.s_[:, :2]), "second": "fc2/*"}
+    traces = jh.layer_traces(P.objective, params, batch, key=KEY, num_probes=4, layers=groups)
+    found["groups"] = np.array([estimate.mean for estimate in traces.values()])
+    found["group"] = ravel(jh.hessian(P.objective, params, batch, layer=groups["half"])(jh.subtree(v, groups["half"])))
     found["gram"] = jh.ggn_eigenvalues(P.objective, params, batch)
     found["classes"] = jh.class_structure(P.objective, params, batch, 3).weights
     return found
