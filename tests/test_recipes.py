@@ -5,6 +5,7 @@ import importlib.metadata
 import io
 import pathlib
 import re
+import tempfile
 import warnings
 
 import chex
@@ -26,7 +27,13 @@ def run(name):
     blocks = re.findall(r"^```python\n(.*?)^```", RECIPES[name].read_text(), re.DOTALL | re.MULTILINE)
     names, printed = {"__name__": name}, io.StringIO()
     # The tests' ban on rank promotion, and on warnings of other libraries, is no rule for the reader.
-    with contextlib.redirect_stdout(printed), jax.numpy_rank_promotion("allow"), warnings.catch_warnings():
+    with (
+        contextlib.redirect_stdout(printed),
+        jax.numpy_rank_promotion("allow"),
+        warnings.catch_warnings(),
+        tempfile.TemporaryDirectory() as folder,  # for the files that a recipe writes
+        contextlib.chdir(folder),
+    ):
         warnings.simplefilter("ignore")
         for block in blocks:
             exec(compile(block, str(RECIPES[name]), "exec"), names)
@@ -173,6 +180,20 @@ def test_transformer():
     assert abs(estimate.mean - exact) < 5 * estimate.std_error
 
 
+def test_the_sharpness_that_is_followed():
+    names, printed = run("sharpness")
+    with jax.numpy_rank_promotion("allow"):
+        flat, unravel = jax.flatten_util.ravel_pytree(names["trained"])
+        dense = jax.hessian(lambda w: names["objective"](unravel(w), names["batch"]))(flat)
+        scale = jh.preconditioner(names["opt_state"])
+    root = np.asarray(jax.flatten_util.ravel_pytree(scale)[0], np.float64) ** -0.5
+    true = np.linalg.eigvalsh(root[:, None] * np.asarray(dense, np.float64) * root)[::-1][:2]
+    np.testing.assert_allclose(names["values"], true, rtol=1e-3)
+    np.testing.assert_allclose(names["again"], true, rtol=1e-2)
+    records = [line for line in printed.splitlines() if " of 4.0 " in line]
+    assert len(records) == 4 and records[0].startswith("0 ")
+
+
 @pytest.mark.parametrize("name", ["vit", "frozen", "accumulation"])
 def test_it_runs(name):
     names, printed = run(name)
@@ -182,5 +203,5 @@ def test_it_runs(name):
 
 
 def test_every_recipe_is_tested_and_listed():
-    tested = {"equinox", "haiku", "flax_linen", "flax_nnx", "transformer", "vit", "frozen", "accumulation"}
+    tested = {"equinox", "haiku", "flax_linen", "flax_nnx", "transformer", "vit", "frozen", "accumulation", "sharpness"}
     assert set(RECIPES) == tested
