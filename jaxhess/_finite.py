@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxhess._checks import is_traced
 from jaxhess._products import At
+from jaxhess._programs import rounding_of
 from jaxhess._trees import tree_norm
 from jaxhess._versions import enable_x64
 from jaxhess.problem import Problem, compute
@@ -54,9 +55,17 @@ def finite_step(curvature: str, problem: Problem, wide: bool) -> Step:
         problem.steps[curvature, wide] = narrow
         if wide:
             with contextlib.suppress(Exception):  # of a net that insists on float32 the user's code may raise anything
-                tried = _tried(curvature, problem, True)
-                problem.steps[curvature, wide] = min(narrow, tried, key=lambda step: step.error)
+                if _all_in_float64(problem):
+                    tried = _tried(curvature, problem, True)
+                    problem.steps[curvature, wide] = min(narrow, tried, key=lambda step: step.error)
     return problem.steps[curvature, wide]
+
+
+def _all_in_float64(problem):
+    """Whether nothing on the way of the loss is cast to fewer digits, in which short steps would be lost."""
+    with enable_x64():
+        params, batch = (jax.tree.map(_wider, tree) for tree in (problem.params, problem.first))
+        return rounding_of(problem.loss, params, batch) < 1e-12
 
 
 def _tried(curvature, problem, wide):

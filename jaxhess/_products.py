@@ -46,24 +46,24 @@ def _forward(function, point, v):
     return jax.jvp(function, (point,), (v,))
 
 
-def _central(step, function, point, v):
+def _central(step, params, function, point, v):
     """(f(p + t v) - f(p - t v)) / 2 t, where t v moves the parameters by a relative ``step``."""
-    t = step / relative_norm(v, point)
+    t = step / relative_norm(v, point, params)
     moved = jax.tree.map(lambda x: t.astype(x.dtype) * x, v)
     there, back = (function(jax.tree.map(move, point, moved)) for move in (jnp.add, jnp.subtract))
     return function(point), jax.tree.map(lambda a, b: (a - b) / (2 * t).astype(a.dtype), there, back)
 
 
 @standard_promotion
-def relative_norm(v: PyTree, point: PyTree) -> jax.Array:
+def relative_norm(v: PyTree, point: PyTree, params: PyTree) -> jax.Array:
     """The norm of v, in each array as a share of the norm of the parameters there; 1 for v = 0.
 
-    An array that is small or zero, like a new bias, counts with a tenth of the root mean square of all.
+    An array that is small or zero, like a new bias, counts with a tenth of the root mean square of all parameters.
     """
-    pairs = list(zip(jax.tree.leaves(v), jax.tree.leaves(point), strict=True))
-    size = sum(p.size for _, p in pairs)
-    mean = sum(jnp.sum(p**2) for _, p in pairs) / size
-    squares = sum(jnp.sum(x**2) / jnp.maximum(jnp.sum(p**2), 0.01 * mean * p.size + 1e-30) for x, p in pairs)
+    pairs, every = list(zip(jax.tree.leaves(v), jax.tree.leaves(point), strict=True)), jax.tree.leaves(params)
+    mean = sum(jnp.sum(p**2) for p in every) / sum(p.size for p in every)
+    mean = jnp.where(mean > 0, mean, 1)
+    squares = sum(jnp.sum(x**2) / jnp.maximum(jnp.sum(p**2), 0.01 * mean * p.size) for x, p in pairs)
     return jnp.where(squares > 0, jnp.sqrt(squares), 1)
 
 
@@ -88,7 +88,7 @@ class At:
 
         @jax.custom_jvp
         def product(v):
-            return self._product(partial(_central, self.step), params, batch, v)
+            return self._product(partial(_central, self.step, params), params, batch, v)
 
         # A linear function is its own derivative.
         product.defjvp(lambda primals, tangents: (product(*primals), product(*tangents)))

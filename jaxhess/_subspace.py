@@ -106,7 +106,7 @@ def leading_pairs(
     first = [random_like(key, like)] if start is None else [take_row(start, i) for i in range(_rows_of(start))]
     for v in first:
         used += space.add(v, 1e-3)
-    stop = max(rtol, 10 * own_eps(like))
+    stop, looked, extra = max(rtol, 10 * own_eps(like)), False, 0
     while True:
         values, coefficients = space.ritz()
         known = min(k, len(values))
@@ -118,9 +118,16 @@ def leading_pairs(
             )
         residuals = space.residuals(values[:known], coefficients[:, :known])
         done = known == k and (residuals <= stop * scale).all()
-        if done or used >= num_products:
+        if done and start is not None and not looked and used < num_products and not space.full():
+            # The start may lie in an invariant subspace that lacks the largest: a random direction sees the others.
+            looked, extra = True, used + 3
+            used += space.add(random_like(jax.random.fold_in(key, 1), like), 1e-6)
+            continue
+        if used >= num_products or (done and used >= extra):
             return Found(values[:k], space.vectors(coefficients[:, :k]), residuals + 3 * space.asymmetry, used)
         worst = int(np.argmax(residuals))
+        if done:
+            worst = min(known, len(values) - 1)
         direction = space.residual(values[worst], coefficients[:, worst])
         if space.full():
             keep = max(known, 1) + (room - known) // 3
@@ -202,6 +209,17 @@ def _kept(rows, coefficients):
     """The combinations first, and zeros behind them."""
     mixed = _mixed(rows, coefficients)
     return jax.tree.map(lambda r, m: jnp.zeros_like(r).at[: len(m)].set(m), rows, mixed)
+
+
+def orthonormal(stacked: PyTree) -> PyTree | None:
+    """An orthonormal basis of the rows; None if they are linearly dependent, zero or not finite."""
+    rows = jax.tree.map(jnp.zeros_like, stacked)
+    for i in range(_rows_of(stacked)):
+        q, share = _new_part(rows, take_row(stacked, i))
+        if not float(share) > 1e-5:
+            return None
+        rows, _ = _store(rows, rows, q, q, i)
+    return rows
 
 
 def overlap_matrix(a: PyTree, b: PyTree) -> np.ndarray:

@@ -8,13 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
 
 from jaxhess._checks import at_least_float32, check_count, check_key, check_like, is_traced, standard_promotion
 from jaxhess._lanczos import lanczos, ritz
 from jaxhess._linear import as_linear
 from jaxhess._noise import noise, ritz_run
-from jaxhess._subspace import leading_pairs, overlap_matrix
+from jaxhess._subspace import leading_pairs, orthonormal, overlap_matrix
 from jaxhess._trees import combine, leaves_finite, random_like, tree_norm, tree_size
 
 PyTree = Any
@@ -176,14 +175,10 @@ def subspace_overlap(vectors_a: PyTree, vectors_b: PyTree) -> float:
     rows = [[np.shape(x)[1:] for x in jax.tree.leaves(tree)] for tree in trees]
     if structures[0] != structures[1] or rows[0] != rows[1] or not rows[0]:
         raise ValueError(f"the vectors must be pytrees of one structure with equal rows, got {rows[0]} and {rows[1]}")
-    cross = overlap_matrix(vectors_a, vectors_b)
-    for number, tree in enumerate(trees):
-        gram = overlap_matrix(tree, tree)
-        if not np.isfinite(gram).all():
-            raise ValueError("the vectors are not finite")
-        values, basis = scipy.linalg.eigh(gram)
-        if values[0] <= 1e-6 * values[-1]:
-            raise ValueError("the vectors are linearly dependent, or zero; give a basis of the space")
-        root = basis / np.sqrt(values) @ basis.T
-        cross = root @ cross if number == 0 else cross @ root
+    if any(len({np.shape(x)[:1] for x in jax.tree.leaves(tree)}) > 1 for tree in trees):
+        raise ValueError("all arrays of the vectors must have one leading axis, that of the vectors")
+    bases = [orthonormal(tree) for tree in trees]
+    if None in [basis if basis is None else 0 for basis in bases]:
+        raise ValueError("the vectors are linearly dependent, zero or not finite; give a basis of the space")
+    cross = overlap_matrix(*bases)
     return float(np.clip(np.sum(cross**2) / min(cross.shape), 0, 1))

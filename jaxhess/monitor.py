@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 
 import jaxhess as jh
 
@@ -209,6 +210,8 @@ class Monitor:
     def _top(self, name, operator, params, key):
         """The largest eigenvalue with the leading vectors, from those of the last time."""
         start = self._vectors.get(name)
+        if start is not None and jax.tree.map(lambda x: x.shape[1:], start) != jax.tree.map(jnp.shape, params):
+            start = None  # another net than at the last measurement
         size = sum(x.size for x in jax.tree.leaves(params))
         steps = min(size, max(8, self._num_steps)) if start is None else None
         options = dict(k=min(_PAIRS, size), key=key, start=start, num_steps=steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -84,6 +85,8 @@ def _times(roots, v, axes=0):
         )
 
     def times(root, x):
+        if root.shape not in ((), x.shape[axes:]):
+            raise ValueError(f"the scale has shape {root.shape} where v has {x.shape[axes:]}; give a scale like v")
         return x * jnp.broadcast_to(root, x.shape[axes:])[(None,) * axes].astype(x.dtype)
 
     return jax.tree.map(times, roots, v)
@@ -93,11 +96,12 @@ def _times(roots, v, axes=0):
 
 
 class _Kind(NamedTuple):
-    """How an optax transformation divides: by D = of(state, b2, eps); with optax's own defaults."""
+    """How an optax transformation divides: by D = of(state, b2, eps, eps_root); with optax's own defaults."""
 
-    of: Callable[[Any, Any, Any], PyTree]
+    of: Callable[[Any, Any, Any, Any], PyTree]
     b2: float | None
     eps: float
+    eps_root: float = 0.0
 
 
 def _corrected(moment, b2, count):
@@ -106,34 +110,34 @@ def _corrected(moment, b2, count):
     return jax.tree.map(lambda x: x.astype(at_least_float32(x)) / left, moment)
 
 
-def _adam(state, b2, eps):
-    return jax.tree.map(lambda x: jnp.sqrt(x) + eps, _corrected(state.nu, b2, state.count))
+def _adam(state, b2, eps, eps_root):
+    return jax.tree.map(lambda x: jnp.sqrt(x + eps_root) + eps, _corrected(state.nu, b2, state.count))
 
 
-def _amsgrad(state, b2, eps):
+def _amsgrad(state, b2, eps, eps_root):
     return jax.tree.map(lambda x: jnp.sqrt(x) + eps, state.nu_max)
 
 
-def _rms(state, b2, eps):
+def _rms(state, b2, eps, eps_root):
     nu = _corrected(state.nu, b2, state.count) if "count" in state._fields else state.nu
     return jax.tree.map(lambda x: jnp.sqrt(x + eps), nu)
 
 
-def _centered(state, b2, eps):
+def _centered(state, b2, eps, eps_root):
     moments = state.nu, state.mu
     if "count" in state._fields:  # every tuple has a method of this name
         moments = tuple(_corrected(moment, b2, state.count) for moment in moments)
     return jax.tree.map(lambda nu, mu: jnp.sqrt(nu - mu**2 + eps), *moments)
 
 
-def _adagrad(state, b2, eps):
+def _adagrad(state, b2, eps, eps_root):
     return jax.tree.map(lambda x: jnp.sqrt(x + eps), state.sum_of_squares)
 
 
 # By name, for some classes are not in every version of optax.
 _KINDS = {
     "ScaleByAdamState": _Kind(_adam, 0.999, 1e-8),
-    "ScaleByBeliefState": _Kind(_adam, 0.999, 1e-16),
+    "ScaleByBeliefState": _Kind(_adam, 0.999, 1e-16, 1e-16),
     "ScaleByAmsgradState": _Kind(_amsgrad, None, 1e-8),
     "ScaleByRmsState": _Kind(_rms, None, 1e-8),
     "ScaleByRmsWithCountState": _Kind(_rms, 0.9, 1e-8),
@@ -144,16 +148,22 @@ _KINDS = {
 
 
 def preconditioner(
-    opt_state: PyTree, *, params: PyTree = None, b2: float | None = None, eps: float | None = None
+    opt_state: PyTree,
+    *,
+    params: PyTree = None,
+    b2: float | None = None,
+    eps: float | None = None,
+    eps_root: float | None = None,
 ) -> PyTree:
     """The D by which an adaptive optimizer divides its updates, read from its optax state.
 
-    Adam and AdamW: D = sqrt(nu / (1 - b2^t)) + eps after t steps; before the first one D = eps. RMSProp: D =
-    sqrt(nu + eps), centred sqrt(nu - mu^2 + eps). Adagrad: D = sqrt(sum of squares + eps). Also AMSGrad and AdaBelief.
-    The state is found inside of ``optax.chain``, ``optax.multi_transform``, ``optax.masked``, ``optax.MultiSteps`` and
-    ``optax.inject_hyperparams``.
+    Adam and AdamW: D = sqrt(nu / (1 - b2^t) + eps_root) + eps after t steps; before the first one nu is zero. RMSProp:
+    D = sqrt(nu + eps), centred sqrt(nu - mu^2 + eps). Adagrad: D = sqrt(sum of squares + eps). Also AMSGrad and
+    AdaBelief. The state is found inside of ``optax.chain``, ``optax.multi_transform``, ``optax.masked``,
+    ``optax.MultiSteps`` and ``optax.inject_hyperparams``.
 
-    Optimizers that keep something else in the state of Adam (AdaMax, Yogi) cannot be told from it.
+    Optimizers that keep something else in the state of Adam or RMSProp (AdaMax, Yogi, ADOPT, schedule-free ones,
+    RMSProp with ``eps_in_sqrt=False``) cannot be told from them.
 
     Args:
       opt_state: the state of an optax optimizer.
@@ -162,6 +172,7 @@ def preconditioner(
       b2: decay of the second moment, for the bias correction. By default what ``inject_hyperparams`` keeps, or optax's
         default: 0.999 for Adam, 0.9 for RMSProp with bias correction.
       eps: likewise; optax's defaults are 1e-8, for Adagrad 1e-7 and for AdaBelief 1e-16.
+      eps_root: likewise, of Adam; by default 0, for AdaBelief 1e-16.
 
     Returns:
       A pytree like the parameters, at least in float32.
@@ -179,13 +190,14 @@ def preconditioner(
 
     Reference: Kingma and Ba 2015, Adam, algorithm 1; Cohen et al. 2022 (arXiv 2207.14484), equation (2).
     """
-    found = list(_scales(opt_state, {}, b2, eps))
+    given = {"b2": b2, "eps": eps, "eps_root": eps_root}
+    found = list(_scales(opt_state, {}, {name: value for name, value in given.items() if value is not None}))
     if not found:
         raise ValueError(
             f"the optimizer state holds no second moments (looked for {sorted(_KINDS)} in a "
             f"{type(opt_state).__name__}); SGD has no preconditioner, its curvature is the Hessian as it is"
         )
-    merged = jax.tree.map(_one_of, *found, is_leaf=_is_masked)
+    merged = functools.reduce(_merged, found)
     masked = [node for node in jax.tree.leaves(merged, is_leaf=_is_masked) if _is_masked(node)]
     if masked and params is None:
         raise ValueError(
@@ -200,12 +212,13 @@ def preconditioner(
     return jax.tree.map(filled, merged, params, is_leaf=_is_masked)
 
 
-def _scales(state: Any, known: Mapping, b2: Any, eps: Any) -> Iterator[PyTree]:
+def _scales(state: Any, known: Mapping, given: Mapping) -> Iterator[PyTree]:
     """D of every adaptive transformation in a state; ``known`` are the hyperparameters that stand around it."""
     kind = _KINDS.get(type(state).__name__)
     if kind is not None:
-        decay = known.get("b2", known.get("decay", kind.b2)) if b2 is None else b2
-        yield kind.of(state, decay, known.get("eps", kind.eps) if eps is None else eps)
+        own = {"b2": known.get("decay", kind.b2), "eps": kind.eps, "eps_root": kind.eps_root}
+        values = {**own, **{name: value for name, value in known.items() if name in own}, **given}
+        yield kind.of(state, values["b2"], values["eps"], values["eps_root"])
         return
     known = {**known, **getattr(state, "hyperparams", {})}
     if isinstance(state, Mapping):
@@ -213,16 +226,18 @@ def _scales(state: Any, known: Mapping, b2: Any, eps: Any) -> Iterator[PyTree]:
     else:
         inner = state if isinstance(state, (tuple, list)) else ()
     for one in inner:
-        yield from _scales(one, known, b2, eps)
+        yield from _scales(one, known, given)
 
 
 def _is_masked(node):
     return isinstance(node, optax.MaskedNode)
 
 
-def _one_of(*scales):
-    """What one of several optimizers says of an array."""
-    mine = [scale for scale in scales if not _is_masked(scale)]
-    if len(mine) > 1:
+def _merged(a, b):
+    """Of two optimizers the one that changes an array, where the other has a mask."""
+    if _is_masked(a) or _is_masked(b):
+        return b if _is_masked(a) else a
+    (mine, treedef), (theirs, _) = (jax.tree.flatten(x, is_leaf=lambda node, x=x: node is not x) for x in (a, b))
+    if not mine or mine[0] is a:
         raise ValueError("two transformations hold second moments of one parameter; give the state of one of them")
-    return mine[0] if mine else optax.MaskedNode()
+    return jax.tree.unflatten(treedef, [_merged(*pair) for pair in zip(mine, theirs, strict=True)])

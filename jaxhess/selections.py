@@ -6,6 +6,7 @@ import dataclasses
 import fnmatch
 import re
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -83,7 +84,7 @@ def part(selection: Selection, index: Any) -> _Part:
 
     Args:
       selection: which arrays, such as "attn/qkv/kernel" or the glob "*/qkv/kernel".
-      index: integers, slices, an ellipsis, and at most one list of integers or array of bools, as `numpy.s_` makes
+      index: integers, slices, an ellipsis, and at most one list or vector of integers or bools, as `numpy.s_` makes
         them.
 
     Returns:
@@ -158,7 +159,7 @@ def select(
     finder, named = _Finder(params, modules), dict[str, Selection]()
     if layers == "arrays":
         named = {name: name for layer in network() for name in finder.arrays_of(layer)}
-    elif isinstance(layers, int):
+    elif isinstance(layers, Integral):
         groups: dict[str, list[str]] = {}
         for name in network():
             groups.setdefault("/".join(name.split("/")[:layers]), []).append(name)
@@ -170,19 +171,23 @@ def select(
         several = isinstance(chosen, Sequence) and not isinstance(chosen, _TEXT)
         if several and layers is chosen and set(map(name_of, chosen)) <= set(known := network()):
             chosen = sorted(chosen, key=known.index)
-        named = {name_of(one): one for one in (chosen if several else [chosen])}
+        for one in chosen if several else [chosen]:
+            if named.setdefault(name := name_of(one), one) is not one and named[name] != one:
+                raise ValueError(f"two selections are called {name!r}; name them with {{name: selection}}")
     return tuple(finder.layer(name, selection) for name, selection in named.items())
 
 
 def check_selections(layers: Selections) -> None:
     """ValueError or TypeError for a selection that is wrong whatever the parameters are."""
-    if isinstance(layers, bool) or not (layers is None or isinstance(layers, (str, int, Mapping, Sequence, _Part))):
+    if isinstance(layers, bool) or not (
+        layers is None or isinstance(layers, (str, Integral, Mapping, Sequence, _Part))
+    ):
         if not callable(layers):
             raise TypeError(
                 f"layers must be 'all', 'middle', 'arrays', a depth, a selection, a list of these, or "
                 f"{{name: selection}}, got {layers!r}"
             )
-    if isinstance(layers, int) and layers < 1:
+    if isinstance(layers, Integral) and layers < 1:
         raise ValueError(f"a depth of layers is at least 1, got {layers}")
     if isinstance(layers, (Mapping, Sequence)) and not layers:
         raise ValueError("layers selects no layer; name at least one, or use 'all'")
@@ -241,7 +246,10 @@ class _Finder:
         )
 
     def _of_path(self, path):
+        path = path.replace("[*]", "")  # of all slices
         found, index = self._exactly(path), None
+        if found is None:  # an element of a list
+            found = self._exactly(re.sub(r"\[(\d+)\]", r"/\1", path))
         if found is None and (index := re.search(r"\[(\d+)\]", path)):
             found = self._exactly(path.replace(index[0], "", 1))
         if found is None and re.search(r"[*?\[]", path):
@@ -255,6 +263,8 @@ class _Finder:
         if found is None:
             raise ValueError(f"unknown layer {path!r}; {self._known()}")
         leaves, treedef = found
+        if not any(np.size(self._leaves[i][1]) for i in leaves):
+            raise ValueError(f"{path!r} selects nothing, its arrays are empty; {self._known()}")
         pieces = (Piece(i) for i in leaves)
         return tuple(self._slice(p, int(index[1]), path) if index else p for p in pieces), treedef
 
@@ -284,7 +294,7 @@ class _Finder:
             raise ValueError(f"{name_of(selection)!r} selects nothing; {self._known()}")
         keys = {}
         for piece in pieces:
-            key = self._names[piece.leaf] + ("" if piece.at is None else f"[{', '.join(map(str, piece.key()))}]")
+            key = self._names[piece.leaf] + ("" if piece.at is None else f"[{', '.join(map(_shown, piece.at))}]")
             keys[key] = piece
         if twice := repeated(self._params, pieces):
             raise ValueError(
@@ -310,6 +320,13 @@ class _Finder:
 
     def _known(self):
         return f"the layers are {sorted(self._modules, key=natural)}"
+
+
+def _shown(entry):
+    """An entry with known ends, in the notation of numpy."""
+    if isinstance(entry, Range):
+        return entry_name(("slice", entry.start, None if entry.stop < 0 else entry.stop, entry.step))
+    return entry_name(("rows", *entry) if isinstance(entry, tuple) else entry)
 
 
 def _prefixes(path):

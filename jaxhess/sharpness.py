@@ -12,10 +12,11 @@ import numpy as np
 
 from jaxhess._checks import check_known
 from jaxhess._products import match
+from jaxhess._trees import tree_norm
 from jaxhess.problem import pose
 
 PyTree = Any
-_DOUBLINGS = 30
+_DOUBLINGS = 60
 
 
 def critical_sharpness(
@@ -30,7 +31,8 @@ def critical_sharpness(
 ) -> float:
     """2 / eta_c, with the smallest learning rate eta_c at which a step along the update raises the loss.
 
-    L(w + c u) > L(w) first at c = eta_c / learning_rate. On a quadratic with Hessian A and u = -learning_rate g it is
+    L(w + c u) > L(w) from c = eta_c / learning_rate on; a rise before that, which the doubling steps over, is not seen. On
+    a quadratic with Hessian A and u = -learning_rate g it is
     g' A g / g' g. It takes about six forward passes: doubling or halving from c = 1, then false position on
     (L(w + c u) - L(w)) / c, which is linear in c on a quadratic.
 
@@ -72,7 +74,10 @@ def critical_sharpness(
         return float(problem.mean(along, lambda number: (update, jnp.float32(c))))
 
     here = value(0.0)
-    found = _crossing(lambda c: (value(c) - here) / c, rtol)
+    if not np.isfinite(here):
+        raise ValueError(f"the loss at the parameters is {here}; give parameters at which it is finite")
+    least = 1e-8 * float(tree_norm(problem.params)) / float(tree_norm(update))
+    found = _crossing(lambda c: (value(c) - here) / c, rtol, least)
     return 2 / (found * learning_rate) if found else float("inf")
 
 
@@ -86,15 +91,18 @@ class _Along:
         return self.loss(jax.tree.map(lambda p, u: p + c.astype(p.dtype) * u, params, update), batch)
 
 
-def _crossing(slope, rtol):
-    """The smallest c with slope(c) > 0, doubling or halving from 1; 0 or inf where it is always or never so."""
+def _crossing(slope, rtol, least):
+    """A c at which slope(c) changes its sign, doubling or halving from 1; 0 or inf where it is always or never > 0.
+
+    Steps below ``least`` are not felt.
+    """
     low, high = 0.0, 1.0
     at_low, at_high = 0.0, slope(1.0)
     if _rises(at_high):
         for _ in range(_DOUBLINGS):
             low, at_low = high / 2, slope(high / 2)
-            if at_low == 0:  # of rounding nothing is left: the shortest step that is felt raises the loss
-                return 0.0
+            if at_low == 0:  # exactly a crossing, or a step that rounding swallows
+                return low if low > least else 0.0
             if not _rises(at_low):
                 break
             high, at_high = low, at_low
