@@ -250,6 +250,7 @@ def draw(config: Config, out_dir: pathlib.Path) -> None:
     columns = {
         "test error %": report.ERROR,
         "train acc. %": report.ACCURACY,
+        "train loss": report.TRAIN_LOSS,
         "Tr Hess": report.TRACE,
         "of negative eigenvalues": report.NEGATIVE,
         "lambda_max": report.LAMBDA_MAX,
