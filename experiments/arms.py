@@ -11,7 +11,7 @@ import flax.linen as nn
 from experiments import figures, models, names
 from experiments.data import Dataset
 from experiments.recipe import Penalty, TrainConfig
-from experiments.report import Reported
+from experiments.report import Claim, Reported
 
 ARMS = {
     "ce": "CE",
@@ -135,6 +135,11 @@ def _row(config):
 def reported(config: Config) -> Reported:
     """What the paper reports of a row, with no arms where it has none; its text says that it ran 5 trials of each."""
     return Reported(_row(config).paper, 5, comparable=config.width == 1 and not config.examples)
+
+
+def margin(config: Config) -> float:
+    """Points of test error that count as none in a row; as of `experiments.report.Reported.margin`."""
+    return reported(config).margin(Claim("htr", "ce", "HTR lowers the test error"))
 
 
 def length(config: Config) -> int:

@@ -88,12 +88,23 @@ class Reported(NamedTuple):
             return None
         return statistics.unpaired(self.errors[claim.lower], self.errors[claim.higher], self.trials)
 
+    def margin(self, claim: Claim) -> float:
+        """Points of test error that count as none: the difference that the paper reports, and no more than 0.1."""
+        theirs = self.effect(claim)
+        return NO_MARGIN if theirs is None else min(NO_MARGIN, abs(theirs.mean))
 
-NO_MARGIN = 0.1  # points of test error that count as none, where the paper has no difference
+
+NO_MARGIN = 0.1  # points of test error: what counts as none is at most this, however large the paper's difference is
 NO_SHARE = 0.05  # share of a trace that counts as none
 
 
-def judge(claim: Claim, values: Mapping[str, Sequence[float]], tests: int = 1, reported: Reported | None = None) -> str:
+def judge(
+    claim: Claim,
+    values: Mapping[str, Sequence[float]],
+    tests: int = 1,
+    reported: Reported | None = None,
+    margin: float | None = None,
+) -> str:
     """Whether a claim holds, in words.
 
     Args:
@@ -101,29 +112,56 @@ def judge(claim: Claim, values: Mapping[str, Sequence[float]], tests: int = 1, r
       values: {arm: one value for each trial}, the same seeds in all.
       tests: how many such claims are looked at, by which p is multiplied (Bonferroni).
       reported: what the paper reports.
+      margin: points of test error that count as none, where ``reported`` does not say; `NO_MARGIN` by default.
 
     Returns:
       The verdict of `experiments.statistics.verdict`, and lines with what it follows from: the mean difference with its
       95% interval and p; whether it is within a margin that counts as none, which is the difference that the paper
-      reports, or else 0.1 points or 5% of a trace; the difference that would be found with a power of 80%; and the
-      paper's difference with its own p, and beside this one.
+      reports, but no more than 0.1 points, or 5% of a trace; the difference that would be found with a power of 80%;
+      and the paper's difference with its own p, and beside this one. What is not decided may still be less than a
+      large difference that the paper reports: this is said.
     """
-    found, margin = _measured(claim, values)
+    found, usual = _measured(claim, values)
+    margin = usual if margin is None else margin
     theirs = reported.effect(claim) if reported is not None else None
-    if theirs is not None:
-        margin = abs(theirs.mean)
+    if reported is not None and theirs is not None:
+        margin = reported.margin(claim)
     compared = theirs if reported is not None and reported.comparable else None
     verdict = statistics.verdict(found, tests=tests, margin=margin, reported=compared)
-    opposite = " (the opposite is seen)" if tests * found.p_value() <= statistics.LEVEL and found.mean > 0 else ""
-    words = _paper(theirs, None if compared is None else found)
-    return f"{claim.words}: {verdict}{opposite}\n  {_evidence(claim, found, margin, tests)}{words}"
+    words = " (the opposite is seen)" if tests * found.p_value() <= statistics.LEVEL and found.mean > 0 else ""
+    if verdict == "not decided" and theirs is not None:
+        p = tests * found.p_equivalence(abs(theirs.mean))
+        words = f" (a difference as large as the paper's is excluded, p = {p:.2g})" if p <= statistics.LEVEL else ""
+    paper = _paper(theirs, None if compared is None else found)
+    return f"{claim.words}: {verdict}{words}\n  {_evidence(claim, found, margin, tests)}{paper}"
 
 
-def judge_no_difference(claim: Claim, values: Mapping[str, Sequence[float]], tests: int = 1) -> str:
+def judge_no_difference(
+    claim: Claim, values: Mapping[str, Sequence[float]], tests: int = 1, margin: float | None = None
+) -> str:
     """Whether the two arms of a claim do not differ, in words; arguments and lines as of `judge`."""
-    found, margin = _measured(claim, values)
+    found, usual = _measured(claim, values)
+    margin = usual if margin is None else margin
     verdict = statistics.verdict_of_no_difference(found, margin, tests=tests)
     return f"{claim.words}: {verdict}\n  {_evidence(claim, found, margin, tests)}"
+
+
+def judge_best(arm: str, values: Mapping[str, Sequence[float]], margin: float = NO_MARGIN) -> str:
+    """Whether an arm has the lowest test error of all, in words: against each other one, with p multiplied by these.
+
+    Args:
+      arm: of which it is claimed.
+      values: {arm: one test error for each trial}, the same seeds in all.
+      margin: as of `judge`.
+
+    Returns:
+      The verdict of `experiments.statistics.best`, and a line for each of the other arms.
+    """
+    claims = [Claim(arm, other, f"{arm} has a lower test error than {other}") for other in values if other != arm]
+    found = [effect(claim, values) for claim in claims]
+    lines = [f"  {_evidence(claim, one, margin, len(claims))}" for claim, one in zip(claims, found, strict=True)]
+    words = f"{arm} is the best, p multiplied by the {len(claims)} tests: {statistics.best(found)}"
+    return "\n".join([words, *lines])
 
 
 def effect(claim: Claim, values: Mapping[str, Sequence[float]]) -> Effect:
@@ -202,9 +240,22 @@ def rank_correlation_of_series(traces: Sequence[float], gaps: Sequence[float]) -
     )
 
 
+def interval(effect: Effect, form: str) -> str:
+    """An effect with its 95% interval, in words; the effect alone if its error is not known."""
+    if not np.isfinite(effect.std_error):
+        return format(effect.mean, form)
+    return f"{effect.mean:{form}} (95% interval {_interval(effect, form)})"
+
+
 def log_effect(ratios: Sequence[float]) -> Effect:
     """The mean logarithm of ratios, one for each trial; less than 0 where what is above the line is smaller."""
     return statistics.paired(np.log(ratios), np.zeros(len(ratios)))
+
+
+def p_words(effect: Effect, tests: int = 1) -> str:
+    """The p of the test that an effect is none, multiplied by ``tests``, as ", p = ..."; "" if there is none."""
+    p = tests * effect.p_value()
+    return f", p = {min(1.0, p):.2g}" if np.isfinite(p) else ""
 
 
 def times(ratios: Sequence[float]) -> str:

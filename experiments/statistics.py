@@ -123,6 +123,33 @@ def verdict_of_no_difference(effect: Effect, margin: float, *, tests: int = 1) -
     return "does not hold" if there else "not decided"
 
 
+def agreed(verdicts: Sequence[str]) -> str:
+    """The verdict on a claim that is looked at in several ways: that of all, or "not decided" if they differ."""
+    return verdicts[0] if len(set(verdicts)) == 1 else "not decided"
+
+
+def together(verdicts: Sequence[str]) -> str:
+    """The verdict on a claim of several parts: "holds in part" if it holds, or does in part, for some of them alone."""
+    if len(set(verdicts)) == 1:
+        return verdicts[0]
+    return "holds in part" if {"holds", "holds in part"} & set(verdicts) else "not decided"
+
+
+def best(rivals: Sequence[Effect]) -> str:
+    """What is to be said of the claim that something is the best.
+
+    Args:
+      rivals: it less each of its rivals, negative where it is better; each p is multiplied by their number.
+
+    Returns:
+      "holds": better than each. "does not hold": a rival is better. "not decided": neither is sure.
+    """
+    found = [verdict(effect, tests=len(rivals)) for effect in rivals]
+    if "does not hold" in found:
+        return "does not hold"
+    return agreed(found)
+
+
 def _noncentrality(df, level, power):
     """The shift of t in units of the standard error at which the two-sided test has this power."""
     edge = scipy.stats.t.isf(level / 2, df)

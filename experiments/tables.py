@@ -290,7 +290,7 @@ def draw_sweep(config: arms.Config, out_dir: pathlib.Path, reference: str) -> No
     print(f"against {reference}, p multiplied by the {len(others)} tests:")
     for name in others:
         claim = Claim(name, reference, f"{name} lowers the test error")
-        print(report.judge(claim, errors, tests=len(others)))
+        print(report.judge(claim, errors, tests=len(others), margin=arms.margin(config)))
 
 
 def title(config: arms.Config, words: str = "mean and standard deviation") -> str:

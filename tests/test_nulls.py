@@ -156,8 +156,8 @@ def test_traces_are_compared_at_equal_training_loss():
     nets = {"a": record([2.0, 1.0, 0.5], [10.0, 100.0, 1000.0]), "b": record([1.6, 1.7, 0.75], [4.0, 8.0, 16.0])}
     # Of b the second epoch did not lower the loss; of a the trace is half way, in logarithms, at 0.75.
     assert list(fig5.at_equal_loss(nets)) == [
-        "a: Tr(Hess) 316.2 at a training loss of 0.75",
-        "b: Tr(Hess) 16 at a training loss of 0.75",
+        f"a: Tr(Hess) 316.2 at a training loss of 0.75; {100 * 10 ** np.log2(1 / 0.75):.4g} by its logarithm",
+        "b: Tr(Hess) 16 at a training loss of 0.75; 16 by its logarithm",
     ]
     apart = {"a": record([2.0, 1.5, 1.4], [1.0, 1.0, 1.0]), "b": record([0.9, 0.8, 0.7], [1.0, 1.0, 1.0])}
     (line,) = fig5.at_equal_loss(apart)

@@ -104,7 +104,9 @@ def test_the_search_from_end_to_end(small, tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     for name in ("HTR", "weight decay", "SAM", "noise stability"):
         assert f"{name}, as chosen, lowers the test error: " in printed
-    assert "after epoch 2\n" in printed and "p multiplied by the 4 tests" in printed and "80% power to find" in printed
+    assert "after epoch 2: a gain of " in printed and "HTR, in times the trace of none: " in printed
+    assert "on the held-out images, the same nets:\n  HTR - none: " in printed
+    assert "p multiplied by the 4 tests" in printed and "80% power to find" in printed
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     added = numbers.pop("extended")
     for record in numbers["none"][0]["trials"]:

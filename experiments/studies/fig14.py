@@ -14,8 +14,10 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from experiments import arms, data, tables
+from experiments import arms, data, report, store, tables
 from experiments.plan import Plan
+
+BEST = 1e-2  # in the paper
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,3 +50,7 @@ def _settings(config: Config) -> dict[str, Mapping | None]:
 def draw(config: Config, out_dir: pathlib.Path) -> None:
     """Draws the figure from the saved numbers, and says what they show."""
     tables.draw_sweep(config, out_dir, "no HTR")
+    numbers = store.load_json(out_dir / "numbers.json")
+    errors = {name: [values[-1] for values in metrics["test_error"]] for name, metrics in numbers.items()}
+    if (best := f"gamma = {BEST:g}") in errors:
+        print(report.judge_best(best, errors, arms.margin(config)))

@@ -36,7 +36,10 @@ def draw(config: Config, out_dir: pathlib.Path) -> None:
     for name, record in numbers.items():
         for metric in ("lambda_max", "trace"):
             print(f"{name}: {metric} {figures.course(record['epochs'], record[f'{metric}/total'])}")
-        for line in falls(record, tests=2 * len(numbers)):
+        # Of each net: two metrics from two starts, and the layers from the same.
+        for line in falls(record, tests=4 * len(numbers)):
+            print(f"{name}: {line}")
+        for line in layers_fall(record, tests=2 * len(numbers)):
             print(f"{name}: {line}")
         if "train_loss" in record:  # which results kept before do not name
             print(f"{name}: training loss of the last epoch {np.mean(record['train_loss'], 0)[-1]:.3g}")
@@ -53,7 +56,8 @@ def draw(config: Config, out_dir: pathlib.Path) -> None:
 def falls(record: Mapping[str, Any], tests: int = 1) -> Iterator[str]:
     """Whether lambda_max and trace fall, in words: from the start, and from the first measurement after it, to the end.
 
-    The start is that of training, at which the running statistics of batch norm are not yet those of the data.
+    The start is that of training, at which the running statistics of batch norm are not yet those of the data. So a
+    fall from it alone is a fall in part.
 
     Args:
       record: of one net over its trials.
@@ -62,9 +66,29 @@ def falls(record: Mapping[str, Any], tests: int = 1) -> Iterator[str]:
     epochs = record["epochs"]
     for metric in ("lambda_max", "trace"):
         values = np.array(record[f"{metric}/total"])
-        parts = []
+        parts, verdicts = [], []
         for i, epoch in list(enumerate(epochs[:-1]))[:2]:
-            ratios = values[:, -1] / values[:, i]
-            verdict = statistics.verdict(report.log_effect(ratios), tests=tests)
-            parts.append(f"that at epoch {epoch} {report.times(ratios)}, falls: {verdict}")
-        yield f"{metric} at epoch {epochs[-1]}, in times {'; '.join(parts)}"
+            effect = report.log_effect(ratios := values[:, -1] / values[:, i])
+            verdicts.append(statistics.verdict(effect, tests=tests))
+            parts.append(f"that at epoch {epoch} {report.times(ratios)}{report.p_words(effect, tests)}")
+        words = f"{metric} at epoch {epochs[-1]}, in times {'; '.join(parts)}; p multiplied by the {tests} tests"
+        yield f"{words}; falls: {', '.join(verdicts)}; together: {statistics.together(verdicts)}"
+
+
+def layers_fall(record: Mapping[str, Any], tests: int = 1) -> Iterator[str]:
+    """In how many layers lambda_max falls in every trial, in words, from the same starts as in `falls`.
+
+    That it falls in every layer is as sure as it is in the least sure of them (an intersection-union test), with p
+    multiplied by ``tests``.
+    """
+    epochs = record["epochs"]
+    layers = [name for name in record if name.startswith("lambda_max/") and name != "lambda_max/total"]
+    for i, epoch in list(enumerate(epochs[:-1]))[:2]:
+        ratios = [(values := np.array(record[name]))[:, -1] / values[:, i] for name in layers]
+        everywhere = sum(bool(np.all(each < 1)) for each in ratios)
+        verdicts = [statistics.verdict(report.log_effect(each), tests=tests) for each in ratios]
+        sure = "does not hold" if "does not hold" in verdicts else statistics.agreed(verdicts)
+        yield (
+            f"lambda_max of a layer falls from epoch {epoch} in every trial in {everywhere} of {len(layers)}; "
+            f"surely, p multiplied by {tests}, in {verdicts.count('holds')}; in every layer: {sure}"
+        )

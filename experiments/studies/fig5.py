@@ -4,7 +4,8 @@
 
 The paper finds less curvature with batch norm and with skip connections. Batch norm makes weights scale-free: they can
 grow and the trace fall without anything changing, so that Tr(Hess) ||w||^2 stands beside it. A net that fits faster has
-another trace at the same epoch, so that the nets are compared at the same training loss too.
+another trace at the same epoch, so that the nets are compared at the same training loss too. Between measurements the
+trace is interpolated twice, in the loss and in its logarithm: where the two disagree, too little was measured.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ run = figures.run_over_training
 
 PAIRS = {"batch norm": ("vgg11_bn", "vgg11"), "skip connections": ("resnet18", "resnet18_noskip")}  # with, without
 FORMS = {"Tr(Hess)": lambda record: record["trace/total"], "scale-free": figures.scale_free}
+SCALES = {"the loss": lambda losses: losses, "its logarithm": np.log}  # in which traces are interpolated
 
 
 def draw(config: Config, out_dir: pathlib.Path) -> None:
@@ -50,26 +52,26 @@ def draw(config: Config, out_dir: pathlib.Path) -> None:
 def at_equal_loss(numbers: Mapping[str, Any]) -> Iterator[str]:
     """The traces of the nets at the lowest training loss that each of them reaches, in words; means over trials.
 
-    The logarithm of the trace is interpolated in the loss, between measurements that each lower it.
+    The logarithm of the trace is interpolated in each of `SCALES`, between measurements that each lower the loss.
     """
     curves = {
         name: _curve(record["epochs"], np.mean(record["train_loss"], 0), np.mean(record["trace/total"], 0))
         for name, record in numbers.items()
     }
-    common, values = _at_common_loss(list(curves.values()))
-    if values is None:
+    common, found = _at_common_loss(list(curves.values()))
+    if found is None:
         first = min(losses[0] for losses, _ in curves.values())
         yield f"no training loss is common to all nets: one starts at {first:.3g}, one ends at {common:.3g}"
         return
-    for name, value in zip(curves, values, strict=True):
-        yield f"{name}: Tr(Hess) {value:.4g} at a training loss of {common:.3g}"
+    for name, (linear, logarithmic) in zip(curves, zip(*found.values(), strict=True), strict=True):
+        yield f"{name}: Tr(Hess) {linear:.4g} at a training loss of {common:.3g}; {logarithmic:.4g} by its logarithm"
 
 
 def compared(config: Config, numbers: Mapping[str, Any]) -> Iterator[str]:
     """What each of `PAIRS` does to the trace, trial by trial, in words: at the last epoch and at equal training loss.
 
     The claim that it lowers the trace is a t-test of the logarithm of the ratio at equal loss, with p multiplied by the
-    number of pairs and of forms of the trace.
+    number of pairs and of forms of the trace. It is decided only if it is decided alike in each of `SCALES`.
     """
     names = {
         f"{words} on {plot.label(dataset)}": [figures.about(config, model, dataset) for model in models]
@@ -82,13 +84,20 @@ def compared(config: Config, numbers: Mapping[str, Any]) -> Iterator[str]:
         yield f"{words}: in times the trace without, {config.trials} trial{'s' if config.trials > 1 else ''}"
         for form, values in FORMS.items():
             last, equal, losses = ratios(records, [values(record) for record in records])
-            verdict = statistics.verdict(report.log_effect(equal), tests=len(names) * len(FORMS))
-            yield f"  {form}: {report.times(last)} at the last epoch, {report.times(equal)} at equal training loss"
-            yield f"  {form}: lower at equal training loss: {verdict}"
+            tests = len(names) * len(FORMS)
+            verdicts = []
+            yield f"  {form}: {report.times(last)} at the last epoch"
+            for scale, each in equal.items():
+                verdicts.append(statistics.verdict(effect := report.log_effect(each), tests=tests))
+                p = report.p_words(effect, tests)
+                yield f"  {form}: {report.times(each)} at equal training loss, interpolated in {scale}{p}"
+            yield f"  {form}: lower at equal training loss: {statistics.agreed(verdicts)}"
         yield f"  the training losses at which they are compared: {', '.join(f'{loss:.3g}' for loss in losses)}"
 
 
-def ratios(records: Sequence[Mapping[str, Any]], traces: Sequence[Sequence]) -> tuple[np.ndarray, np.ndarray, list]:
+def ratios(
+    records: Sequence[Mapping[str, Any]], traces: Sequence[Sequence]
+) -> tuple[np.ndarray, dict[str, np.ndarray], list]:
     """The traces of the first of two nets in times those of the second, trial by trial.
 
     Args:
@@ -96,20 +105,21 @@ def ratios(records: Sequence[Mapping[str, Any]], traces: Sequence[Sequence]) -> 
       traces: of the two nets, (trials, epochs).
 
     Returns:
-      The ratios at the last epoch, those at the lowest training loss that both nets of a trial reach (NaN if there is
-      none), and these losses.
+      The ratios at the last epoch, those at the lowest training loss that both nets of a trial reach, by the scale of
+      the loss (NaN if there is none), and these losses.
     """
-    last, equal, common = [], [], []
+    last, equal, common = [], {scale: [] for scale in SCALES}, []
     for trial in range(len(records[0]["train_loss"])):
         curves = [
             _curve(record["epochs"], record["train_loss"][trial], values[trial])
             for record, values in zip(records, traces, strict=True)
         ]
-        loss, values = _at_common_loss(curves)
+        loss, found = _at_common_loss(curves)
         last.append(traces[0][trial][-1] / traces[1][trial][-1])
-        equal.append(np.nan if values is None else values[0] / values[1])
+        for scale, both in equal.items():
+            both.append(np.nan if found is None else found[scale][0] / found[scale][1])
         common.append(loss)
-    return np.array(last), np.array(equal), common
+    return np.array(last), {scale: np.array(both) for scale, both in equal.items()}, common
 
 
 def _curve(epochs, losses, traces):
@@ -121,9 +131,12 @@ def _curve(epochs, losses, traces):
 
 
 def _at_common_loss(curves):
-    """The lowest loss that all curves reach, and the value of each there; None if another starts below it."""
+    """The lowest loss that all reach, and each one's value there, {scale: values}; None if one starts below it."""
     common = max(losses[-1] for losses, _ in curves)
     if common > min(losses[0] for losses, _ in curves):
         return common, None
-    # of losses that rise
-    return common, [np.exp(np.interp(common, losses[::-1], np.log(traces[::-1]))) for losses, traces in curves]
+    found = {}
+    for scale, of in SCALES.items():  # of losses that rise
+        logs = [np.interp(of(common), of(losses[::-1]), np.log(traces[::-1])) for losses, traces in curves]
+        found[scale] = np.exp(logs).tolist()
+    return common, found

@@ -19,12 +19,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from experiments import arms, data, figures, plot, report, store, tables
+from experiments import arms, data, figures, plot, report, statistics, store, tables
 from experiments.data import Dataset
 from experiments.plan import Plan
 from experiments.report import Claim
@@ -76,6 +76,8 @@ METHODS = {
 }
 NOTICED = 0.1  # share of the trace by which a strength must lower it, to be counted as one that does
 BY_EPOCH = "held_out_error_by_epoch"  # in the records of training without any, for what stopping early would do
+CLASSES = {("cifar100", "label"): 100, ("cifar100", "coarse_label"): 20}  # 10 in all others
+CHANCE = 0.01  # share of images; an error no farther from that of guessing is one at chance
 EXTENDED = "extended"  # in the saved numbers, beside the methods: {method: the strengths that were added}
 
 
@@ -239,16 +241,16 @@ def draw(config: Config, out_dir: pathlib.Path) -> None:
     report.print_columns(lines)
     for method, points in numbers.items():
         print(f"{_name(method)}: {_ends(points, shown[method], added.get(method, []))}; {_with_trace(points, none)}")
+        guessing = 1 - 1 / CLASSES.get((config.dataset, config.label), 10)
+        for point in points:
+            if words := failing(point, none, guessing):
+                print(f"{_name(method)}: {words}")
     if all(BY_EPOCH in record for record in none["trials"]):
-        means = np.mean([record[BY_EPOCH] for record in none["trials"]], axis=0)
-        best, last = int(np.argmin(means)), len(means) - 1
-        print(
-            f"none: the held-out error is {100 * means[best]:.2f}% at its lowest, after epoch {best + 1}, and "
-            f"{100 * means[last]:.2f}% after epoch {last + 1}"
-        )
+        print(f"none: {stopping_early([record[BY_EPOCH] for record in none['trials']])}")
     columns = {
         "test error %": report.ERROR,
         "train acc. %": report.ACCURACY,
+        "train loss": report.TRAIN_LOSS,
         "Tr Hess": report.TRACE,
         "of negative eigenvalues": report.NEGATIVE,
         "lambda_max": report.LAMBDA_MAX,
@@ -260,6 +262,13 @@ def draw(config: Config, out_dir: pathlib.Path) -> None:
         cells = [column.cell(point["tested"]) for column in columns.values()]
         lines.append([_name(method), f"{point['strength']:g}", *cells])
     report.print_columns(lines)
+    for method in claims:
+        print(f"{_name(method)}, in times the trace of none: {in_times(shown[method]['tested'], none['tested'])}")
+    for method in claims:
+        print(f"{_name(method)}: {by_sign(shown[method]['tested'], none['tested'])}")
+    print("on the held-out images, the same nets:")
+    for one, two in [*((method, "none") for method in claims), *(("htr", m) for m in claims if m != "htr")]:
+        print(f"  {_name(one)} - {_name(two)}: {held_out(shown[one]['tested'], shown[two]['tested'])}")
     print(f"on the test images, p multiplied by the {len(claims)} tests:")
     for claim in claims.values():
         print(report.judge(claim, errors, len(claims)))
@@ -271,6 +280,77 @@ def draw(config: Config, out_dir: pathlib.Path) -> None:
             print(report.judge(claim, errors, len(others)))
     outcomes = [f"{_name(method)} {report.outcome(claim, errors, len(claims))}" for method, claim in claims.items()]
     print(f"in short: {'; '.join(outcomes)}")
+
+
+def failing(point: dict, none: dict, guessing: float) -> str:
+    """What became of the trainings at a strength at which some diverged or ended at chance, in words; "" if none did.
+
+    Args:
+      point: of the strength.
+      none: the point without any.
+      guessing: the error of guessing.
+    """
+    errors = np.array([record["held_out_error"] for record in point["trials"]])
+    without = [record["held_out_error"] for record in none["trials"]]
+    kept = errors[np.isfinite(errors)]
+    chance = int(np.sum(kept >= guessing - CHANCE))
+    if len(kept) == len(errors) and not chance:
+        return ""
+    words = f"at {point['strength']:g} {len(errors) - len(kept)} of {len(errors)} trainings diverged"
+    if not len(kept):
+        return words
+    return (
+        f"{words}; the others have held-out errors of {100 * kept.min():.1f} to {100 * kept.max():.1f}%, "
+        f"{100 * kept.mean():.1f}% on average; {chance} ended at chance, and {int(np.sum(kept > np.max(without)))} are "
+        "worse than all without"
+    )
+
+
+def stopping_early(errors: Sequence[Sequence[float]]) -> str:
+    """What the best epoch would gain, for all seeds the same or for each its own, in words.
+
+    Both are chosen on the images on which they are judged, so that the gains are too large.
+
+    Args:
+      errors: held-out errors, (seeds, epochs).
+    """
+    errors = 100 * np.array(errors)
+    means = errors.mean(0)
+    best, last = int(np.argmin(means)), len(means) - 1
+    common, own = (statistics.paired(errors[:, -1], each) for each in (errors[:, best], errors.min(1)))
+    return (
+        f"the held-out error is {means[best]:.2f}% at its lowest, after epoch {best + 1}, and {means[last]:.2f}% after "
+        f"epoch {last + 1}: a gain of {report.interval(common, '.2f')} points, of {report.interval(own, '.2f')} with "
+        "the best epoch of each seed"
+    )
+
+
+def in_times(records: Sequence[dict], others: Sequence[dict]) -> str:
+    """The traces of nets in times those of others with the same seeds, in words."""
+    traces, below = (np.array([record["trace"] for record in some]) for some in (records, others))
+    if not (np.all(traces > 0) and np.all(below > 0)):
+        return "no ratio, for a trace is negative"
+    return report.times(traces / below)
+
+
+def by_sign(records: Sequence[dict], others: Sequence[dict]) -> str:
+    """How far the sums of the negative and of the positive eigenvalues differ from those of others, in words."""
+    sums = {
+        "negative": lambda record: record["negative_trace"],
+        "positive": lambda record: record["trace"] - record["negative_trace"],
+    }
+    parts = []
+    for name, of in sums.items():
+        effect = statistics.paired([of(record) for record in records], [of(record) for record in others])
+        parts.append(f"{name} {report.interval(effect, '.3g')}{report.p_words(effect)}")
+    return f"sums of eigenvalues less those of none: {'; '.join(parts)}"
+
+
+def held_out(records: Sequence[dict], others: Sequence[dict]) -> str:
+    """The difference of the held-out errors of nets and of others with the same seeds, in words."""
+    one, two = ([100 * record["held_out_error"] for record in some] for some in (records, others))
+    effect = statistics.paired(one, two)
+    return f"{report.interval(effect, '.3f')} points{report.p_words(effect)}, not corrected"
 
 
 def _name(method):
