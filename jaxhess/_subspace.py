@@ -120,14 +120,15 @@ def leading_pairs(
         done = known == k and (residuals <= stop * scale).all()
         if done and start is not None and not looked and used < num_products and not space.full():
             # The start may lie in an invariant subspace that lacks the largest: a random direction sees the others.
-            looked, extra = True, used + 3
+            looked, extra = True, used + 5
             used += space.add(random_like(jax.random.fold_in(key, 1), like), 1e-6)
             continue
         if used >= num_products or (done and used >= extra):
             return Found(values[:k], space.vectors(coefficients[:, :k]), residuals + 3 * space.asymmetry, used)
         worst = int(np.argmax(residuals))
-        if done:
-            worst = min(known, len(values) - 1)
+        if done:  # the largest of the others that has not converged
+            every = space.residuals(values, coefficients)
+            worst = next((i for i, r in enumerate(every) if r > stop * scale), int(np.argmax(every)))
         direction = space.residual(values[worst], coefficients[:, worst])
         if space.full():
             keep = max(known, 1) + (room - known) // 3

@@ -31,10 +31,9 @@ def critical_sharpness(
 ) -> float:
     """2 / eta_c, with the smallest learning rate eta_c at which a step along the update raises the loss.
 
-    L(w + c u) > L(w) from c = eta_c / learning_rate on; a rise before that, which the doubling steps over, is not seen. On
-    a quadratic with Hessian A and u = -learning_rate g it is
-    g' A g / g' g. It takes about six forward passes: doubling or halving from c = 1, then false position on
-    (L(w + c u) - L(w)) / c, which is linear in c on a quadratic.
+    L(w + c u) > L(w) from c = eta_c / learning_rate on; a rise before that, which the doubling steps over, is not seen.
+    On a quadratic with Hessian A and u = -learning_rate g it is g' A g / g' g. It takes about six forward passes:
+    doubling or halving from c = 1, then false position on (L(w + c u) - L(w)) / c, which is linear in c on a quadratic.
 
     Args:
       loss, params, batch, has_aux: as for `hessian`.
@@ -76,7 +75,7 @@ def critical_sharpness(
     here = value(0.0)
     if not np.isfinite(here):
         raise ValueError(f"the loss at the parameters is {here}; give parameters at which it is finite")
-    least = 1e-8 * float(tree_norm(problem.params)) / float(tree_norm(update))
+    least = 4e-7 * float(tree_norm(problem.params)) / float(tree_norm(update))
     found = _crossing(lambda c: (value(c) - here) / c, rtol, least)
     return 2 / (found * learning_rate) if found else float("inf")
 

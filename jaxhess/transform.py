@@ -61,9 +61,7 @@ def add_hessian_trace(
     It acts on the steps with count >= start for which (count - start) is divisible by ``every``, so on the first step
     too. On all other steps it does nothing. The state holds the value of the last penalty. A penalty that is not
     finite, before or after it is scaled by gamma, is left out of its step and counted in ``skipped``. So is one for
-    which a schedule returns a negative gamma. Under ``jit`` the penalty is in a branch of ``lax.cond``. XLA's CPU
-    backend runs convolutions inside a branch slowly: there, compile two steps, one with ``every=1`` and one without the
-    transformation, and choose between them in Python, as `experiments/train.py` does.
+    which a schedule returns a negative gamma.
 
     Put it first in the chain. Its place decides what happens to the penalty. Before ``optax.scale_by_adam``, Adam
     preconditions it together with the gradient. After ``optax.scale_by_adam``, it is added unchanged, as in decoupled

@@ -105,6 +105,44 @@ def test_traces_spectra_interactions_and_a_summary_of_a_net_without_forward_mode
     assert abs(found.norms.sum() - np.sum(whole**2)) < 0.1 * np.sum(whole**2)
 
 
+def test_layers_that_are_zero():
+    """Their step is that of the other layers: there is no size of their own."""
+    one = helpers.problem("mlp")
+    params = one.params | {"fc2": jax.tree.map(jnp.zeros_like, one.params["fc2"])}
+    for some in (params, jax.tree.map(jnp.zeros_like, params)):
+        for layer in ("fc2", None):
+            like = some if layer is None else some[layer]
+            v = jax.tree.map(lambda x: x + 0.3, like)
+            products = [
+                ravel_pytree(jh.hessian(one.objective, some, one.batch, layer=layer, differentiation=how)(v))[0]
+                for how in ("exact", "finite")
+            ]
+            assert np.abs(products[0] - products[1]).max() <= 1e-4 * np.abs(products[0]).max()
+
+
+@pytest.mark.parametrize("where", ["a weight", "the outputs", "all"])
+def test_casts_to_float32_inside_of_the_net_are_noticed(where):
+    """In float64 the short step would be lost in the cast."""
+    one = helpers.problem("mlp")
+
+    def predict(params, batch):
+        if where == "a weight":
+            params = params | {"fc1": params["fc1"] | {"w": params["fc1"]["w"].astype(jnp.float32)}}
+        if where == "all":
+            params = helpers.cast(params, jnp.float32)
+        outputs = one.objective.predict(params, batch)
+        return outputs.astype(jnp.float32) if where == "the outputs" else outputs
+
+    at = jh.Objective(predict, one.objective.criterion), one.params, one.batch
+    operator = jh.hessian(*at, differentiation="finite")
+    found, _, residuals = jh.top_eigenpairs(operator, like=one.params, key=KEY, k=1)
+    true = np.linalg.eigvalsh(helpers.matrices(one)["hessian"])[-1]
+    assert abs(found[0] - true) <= residuals[0] and abs(found[0] - true) < 1e-3 * true
+    v = jax.tree.map(lambda x: x + 0.3, one.params)
+    product, expected = (ravel_pytree(f(v))[0] for f in (operator, jh.hessian(*at)))
+    assert np.abs(product - expected).max() < 2e-3 * np.abs(expected).max()
+
+
 def test_what_is_refused():
     with pytest.raises(ValueError, match="unknown differentiation 'central'.*'finite'"):
         jh.hessian(*AT, differentiation="central")

@@ -132,6 +132,22 @@ def _size(layer):
     return sum(x.size for x in jax.tree.leaves(P.params[layer]))
 
 
+def test_two_rates_of_one_optimizer():
+    tx = optax.multi_transform({"a": optax.adam(1e-3), "b": optax.adam(1e-1)}, {"fc1": "a", "fc2": "b"})
+    assert np.allclose(_flat(jh.preconditioner(trained(tx, 2))), adam(2), rtol=2e-4)
+    masked = optax.chain(optax.masked(optax.adam(1e-3), {"fc1": True, "fc2": False}), optax.identity())
+    found = jh.preconditioner(trained(masked, 2), params=P.params)
+    assert all((x == 1).all() for x in jax.tree.leaves(found["fc2"]))
+
+
+def test_eps_root_of_adam():
+    for tx in (optax.adam(1e-3, eps_root=0.5), optax.inject_hyperparams(optax.adam)(1e-3, eps_root=0.5)):
+        found = jh.preconditioner(trained(tx, 2), eps_root=0.5)
+        assert np.allclose(_flat(found) ** 2, adam(2) ** 2 + 0.5, rtol=1e-3)
+    injected = jh.preconditioner(trained(optax.inject_hyperparams(optax.adam)(1e-3, eps_root=0.5), 2))
+    assert np.allclose(_flat(injected), _flat(found))
+
+
 # ---- following a training ----
 
 
@@ -222,6 +238,18 @@ def test_several_pairs_and_more_vectors_than_pairs():
         assert np.allclose(found[: min(rows, 4)], true[: min(rows, 4)], rtol=2e-3)
 
 
+def test_a_start_that_lacks_the_largest_finds_it():
+    """Eigenvectors of other eigenvalues: their residuals are zero."""
+    for rows in (1, 2):
+        start = jnp.eye(10)[7 : 7 + rows]
+        found, _, _ = jh.top_eigenpairs(lambda v: jnp.arange(10.0) * v, like=jnp.zeros(10), key=KEY, k=1, start=start)
+        assert found[0] > 8.5
+    start = jnp.eye(37)[:1]
+    values = jnp.concatenate([jnp.array([-200.0]), jnp.linspace(0, 90, 35), jnp.array([100.0])])
+    found, _, _ = jh.top_eigenpairs(lambda v: values * v, like=jnp.zeros(37), key=KEY, k=1, start=start, num_steps=20)
+    assert found[0] == pytest.approx(100, rel=0.02)
+
+
 def test_dependent_start_vectors_count_once():
     start = jnp.tile(jnp.eye(6)[:1], (3, 1))
     found, _, _ = jh.top_eigenpairs(lambda v: jnp.arange(6.0) * v, like=jnp.zeros(6), key=KEY, k=2, start=start)
@@ -246,6 +274,9 @@ def test_overlap_of_subspaces():
     assert np.isclose(jh.subspace_overlap(tree(a), tree(b)), true, rtol=1e-4)
     assert np.isclose(jh.subspace_overlap(tree(b), tree(a)), true, rtol=1e-4)
     assert jh.subspace_overlap(tree(a), tree(100 * rng.standard_normal((3, 3)) @ a)) == pytest.approx(1, abs=1e-4)
+    near = np.stack([a[0], a[0] + 1e-3 * a[1]])
+    assert jh.subspace_overlap(tree(near), tree(a[:2])) == pytest.approx(1, abs=1e-3)
+    assert jh.subspace_overlap(tree(1e-20 * a), tree(1e15 * a)) == pytest.approx(1, abs=1e-4)
     mixed = 0.6 * qb[:, 0] + 0.8 * np.linalg.svd(qb.T)[2][-1]
     assert jh.subspace_overlap(tree(mixed[None]), tree(b)) == pytest.approx(0.36, abs=1e-4)
 
@@ -278,6 +309,13 @@ def test_critical_sharpness_where_a_step_always_or_never_raises_the_loss():
     up, down = jnp.ones(2), -jnp.ones(2)
     assert jh.critical_sharpness(lambda p, _: p.sum(), jnp.ones(2), None, up) == float("inf")
     assert jh.critical_sharpness(lambda p, _: p.sum(), jnp.ones(2), None, down) == 0.0
+
+
+@pytest.mark.parametrize("size", [4.0, 8.0, 5.0, 1e6])
+def test_critical_sharpness_where_long_steps_overflow_or_cross_exactly(size):
+    loss = lambda w, _: jnp.sum(w**2) / 2 + jnp.where(jnp.abs(w[0]) < 1.5, 0.0, jnp.nan)
+    found = jh.critical_sharpness(loss, jnp.ones(1), None, -size * jnp.ones(1), learning_rate=size)
+    assert found == pytest.approx(1.0, rel=0.02) or found == pytest.approx(2 / 2.0, rel=0.02)
 
 
 # ---- what is refused ----
@@ -318,6 +356,8 @@ def top(**options):
         ),
         (lambda: jh.subspace_overlap(jnp.ones((1, 3)), jnp.ones((1, 4))), ValueError, "one structure with equal rows"),
         (lambda: jh.subspace_overlap(jnp.ones((2, 3)), jnp.eye(3)), ValueError, "linearly dependent"),
+        (lambda: jh.precondition(lambda v: v, {"a": jnp.ones(4), "b": 1.0})(LIKE), ValueError, r"shape \(4,\) where v"),
+        (lambda: jh.critical_sharpness(lambda p, _: p.sum() * jnp.nan, LIKE["a"], None, LIKE["a"]), ValueError, "nan"),
         (lambda: jh.critical_sharpness(lambda p, _: p.sum(), jnp.ones(2), None, jnp.zeros(2)), ValueError, "zero"),
         (
             lambda: jh.critical_sharpness(lambda p, _: p.sum(), jnp.ones(2), None, jnp.ones(2), learning_rate=0.0),

@@ -355,6 +355,20 @@ def test_the_optimizers_penalty_takes_groups():
     assert any(np.abs(x).max() > 0 for x in jax.tree.leaves(updates))
 
 
+def test_elements_of_lists_and_all_slices():
+    params = {"layers": [{"w": jnp.ones(2)}, {"w": jnp.zeros((3, 2))}], "blocks": {"w": jnp.ones((2, 3))}}
+    assert jh.subtree(params, "layers[1]")["w"].shape == (3, 2) == jh.subtree(params, "layers/1")["w"].shape
+    assert jh.subtree(params, "blocks[*]")["w"].shape == (2, 3)
+
+
+def test_two_predicates_of_one_name_are_no_two_groups():
+    first, second = (lambda path: path == "a/w"), (lambda path: path == "b/w")
+    with pytest.raises(ValueError, match="two selections are called '<lambda>'"):
+        jh.layer_traces(lambda p, _: jnp.sum(p["a"]["w"]) ** 2, A, None, key=KEY, layers=[first, second])
+    found = jh.layer_traces(lambda p, _: jnp.sum(p["a"]["w"]) ** 2, A, None, key=KEY, layers=np.int64(1))
+    assert list(found) == ["a", "b", "total"]
+
+
 A = {"a": {"w": jnp.ones((2, 3))}, "b": {"w": jnp.ones(2)}}
 
 
@@ -375,12 +389,13 @@ A = {"a": {"w": jnp.ones((2, 3))}, "b": {"w": jnp.ones(2)}}
         (jh.part("b/w", np.s_[:, 0]), ValueError, "too many entries"),
         (jh.part("a/w", ([0, 1], [0, 1])), ValueError, "at most one axis"),
         ({"a": "a"}, TypeError, "a layer is given by"),
+        ("empty", ValueError, "'empty' selects nothing, its arrays are empty"),
         (3, TypeError, "a layer is given by"),
     ],
 )
 def test_what_a_selection_is_refused_for(selection, error, message):
     with pytest.raises(error, match=message):
-        jh.subtree(A, selection)
+        jh.subtree(A | {"empty": jnp.zeros((0, 2))}, selection)
 
 
 @pytest.mark.parametrize("index", ["x", 1.5, [0.5], None, np.ones((2, 2), int)])
