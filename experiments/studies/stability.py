@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
@@ -24,7 +24,6 @@ import optax
 import jaxhess as jh
 from experiments import data, figures, measure, models, plot, report, store
 from experiments.data import Dataset
-from experiments.plan import duration
 
 PyTree = Any
 Optimizer = Literal["sgd", "adam"]
@@ -32,7 +31,7 @@ B1 = 0.9  # of Adam
 REACHED = 0.95  # of the threshold: from where on the edge counts as reached
 NEAR = (0.8, 1.25)  # of the threshold: what counts as staying at it
 KEPT = 2  # eigenvectors that a measurement starts from
-FIRST, LATER = 24, 8  # products with the Hessian of the first measurement, and of the others
+FIRST, LATER = 24, 6  # products with the Hessian of the first measurement, and of the others
 RATIOS = {
     "preconditioned": "preconditioned / (38/eta)",
     "lambda_max": "lambda_max / (2/eta)",
@@ -61,11 +60,11 @@ class Config(figures.Scale):
     model: tuple[models.Name, ...] = ("lenet", "gpt")
     dataset: data.Names = ("digits", "shakespeare")
     optimizer: tuple[Optimizer, ...] = ("sgd", "adam")
-    learning_rate: tuple[float, ...] = (0.03, 2e-3, 0.04, 1.5e-3)
+    learning_rate: tuple[float, ...] = (0.03, 2e-3, 0.05, 2e-3)
     b2: float = 0.999
-    images_per_class: int = 20
-    sequences: int = 32
-    steps: int = 240
+    images_per_class: int = 10
+    sequences: int = 16
+    steps: int = 200
     every: int = 10
     trials: int = 3
     seed: int = 0
@@ -136,7 +135,7 @@ def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> N
                     done += 1
                     progress(min(done, total), total)
                 record["trials"].append(curve)
-    store.save_json(out_dir / "numbers.json", numbers)
+                store.save_json(out_dir / "numbers.json", numbers)
 
 
 def follow(config: Config, case: Case, dataset: Dataset, seed: int) -> Iterator[dict[str, float]]:
@@ -194,4 +193,96 @@ def _update(loss, tx, params, state, batch):
 def draw(config: Config, out_dir: pathlib.Path) -> None:
     """Draws the curves from the saved numbers, and says what they show."""
     numbers = store.load_json(out_dir / "numbers.json")
-    print(numbers.keys())
+    panels, lines = {}, [["", "threshold", "reached", "then, share of it", "steps that raise the loss", "loss"]]
+    claims = []
+    for words, record in numbers.items():
+        trials = [{name: np.array(values) for name, values in curve.items()} for curve in record["trials"]]
+        found = [reached(curve, record) for curve in trials]
+        loss = np.array([curve["loss"] for curve in trials])
+        panels[words] = trials[0]["step"], shares(record, trials), loss
+        lines.append(
+            [
+                words,
+                f"{record['threshold']:,.4g}",
+                "step " + ", ".join("-" if one is None else f"{one.step:.0f}" for one in found),
+                _spread([one.share for one in found if one], ".2f"),
+                _spread([100 * one.rises for one in found if one], ".0f", " %"),
+                report.spread(loss[:, -1], ".3g"),
+            ]
+        )
+        claims.append(f"{words}, eta = {record['rate']:g}: {verdict(found)}")
+    report.print_columns(lines)
+    print(f"\nthe largest eigenvalue rises to the threshold and then stays within {NEAR[0]} and {NEAR[1]} times it:")
+    print("\n".join(claims))
+    title = f"Curvature and its thresholds, full-batch training, {config.trials} trainings each"
+    plot.save(plot.thresholds(panels, title), out_dir / "figure.png")
+
+
+def _spread(values, form, unit=""):
+    return report.spread(values, form) + unit if values else "-"
+
+
+def shares(record: Mapping[str, Any], trials: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """{quantity: (trials, measurements)} in shares of the thresholds, those of `RATIOS` that were measured."""
+    raw = 2 / record["rate"]
+    units = {"preconditioned": record["threshold"], "lambda_max": raw, "critical": raw}
+    return {
+        words: np.stack([curve[name] for curve in trials]) / units[name]
+        for name, words in RATIOS.items()
+        if name in trials[0]
+    }
+
+
+class Reached(NamedTuple):
+    """What is seen from the step on at which the threshold is reached.
+
+    Attributes:
+      step: the first measured one at which the eigenvalue is at least `REACHED` times the threshold.
+      share: the median, over the measurements from there on, of the eigenvalue in shares of the threshold.
+      last: that share in the last measurement.
+      rises: share of the steps from there on that raised the loss.
+    """
+
+    step: float
+    share: float
+    last: float
+    rises: float
+
+
+def reached(curve: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> Reached | None:
+    """When a training reached the threshold, and what it did then; None if it did not.
+
+    An eigenvalue that is above the threshold before the first step has not risen to it. The training counts as having
+    reached it where it comes back from below.
+    """
+    name = "preconditioned" if record["optimizer"] == "adam" else "lambda_max"
+    ratio = np.asarray(curve[name]) / record["threshold"]
+    below = np.flatnonzero(ratio < REACHED)
+    if not len(below):
+        return None
+    over = below[0] + np.flatnonzero(ratio[below[0] :] >= REACHED)
+    if not len(over):
+        return None
+    first = over[0]
+    rises = np.asarray(curve["rises"])[first + 1 :]
+    return Reached(
+        float(curve["step"][first]),
+        float(np.median(ratio[first:])),
+        float(ratio[-1]),
+        float(rises.mean() if len(rises) else 0.0),
+    )
+
+
+def verdict(found: Sequence[Reached | None]) -> str:
+    """Whether the largest eigenvalue rises to the threshold and stays near it, from several trainings.
+
+    Returns:
+      "holds" if all reach it, and the median from there on and the last value are within `NEAR`; "holds in part" if all
+      reach it and the median alone is; "does not hold" if all reach it and no median is; else "not decided".
+    """
+    if not found or None in found:
+        return "not decided"
+    near = [NEAR[0] <= one.share <= NEAR[1] for one in found]
+    if all(near):
+        return "holds" if all(NEAR[0] <= one.last <= NEAR[1] for one in found) else "holds in part"
+    return "not decided" if any(near) else "does not hold"
