@@ -24,6 +24,7 @@ import optax
 import jaxhess as jh
 from experiments import data, figures, measure, models, plot, report, store
 from experiments.data import Dataset
+from experiments.plan import duration
 
 PyTree = Any
 Optimizer = Literal["sgd", "adam"]
@@ -114,6 +115,32 @@ def size(config: Config, dataset: Dataset) -> int:
 def threshold(case: Case) -> float:
     """The largest eigenvalue at which the optimizer is stable on a quadratic: of Hess, or of D^-1/2 Hess D^-1/2."""
     return 2 / case.rate if case.optimizer == "sgd" else (2 + 2 * B1) / ((1 - B1) * case.rate)
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """What a dry run says: how long the trainings take, by a first measurement and a second one of each case."""
+
+    config: Config
+    data_dir: str | None
+
+    def show(self) -> None:
+        """Prints the time of each case and of all."""
+        config, total = self.config, 0.0
+        for case in cases(config):
+            dataset = figures.load(config, case.dataset, self.data_dir)
+            rows = follow(config, case, dataset, config.seed)
+            first, second = (report.seconds(lambda rows=rows: next(rows)) for _ in range(2))
+            seconds = first + second * config.trials * (config.steps // config.every)
+            total += seconds
+            print(f"{case.words}: {config.trials} trainings of {config.steps} steps, about {duration(seconds)}")
+        print(f"all together about {duration(total)}, with this machine as busy as now")
+
+
+def plan(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> Timing:
+    """What is trained; no net is kept."""
+    del out_dir
+    return Timing(config, data_dir)
 
 
 def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> None:
