@@ -119,7 +119,7 @@ def test_stability_from_end_to_end(tmp_path, capsys):
     words = ["model=mlp", "dataset=digits", "learning_rate=0.05,0.001", "steps=4", "every=2", "trials=2"]
     assert run.main(["stability", f"out={tmp_path}", *words, "images_per_class=1"]) == 0
     printed = capsys.readouterr().out
-    assert "MLP on digits, Adam" in printed and "38,000" in printed and printed.count("not decided") == 2
+    assert "MLP on digits, Adam" in printed and "38,000.0" in printed and printed.count("not decided") == 2
     found = json.loads((tmp_path / "numbers.json").read_text())
     for record in found.values():
         assert [len(trial["loss"]) for trial in record["trials"]] == [3, 3]

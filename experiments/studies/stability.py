@@ -230,7 +230,7 @@ def draw(config: Config, out_dir: pathlib.Path) -> None:
         lines.append(
             [
                 words,
-                f"{record['threshold']:,.4g}",
+                f"{record['threshold']:,.1f}",
                 "step " + ", ".join("-" if one is None else f"{one.step:.0f}" for one in found),
                 _spread([one.share for one in found if one], ".2f"),
                 _spread([100 * one.rises for one in found if one], ".0f", " %"),
