@@ -511,7 +511,7 @@ def thresholds(
             if name in curves:
                 _band(above, np.asarray(steps), curves[name], **style[name])
         above.set_yscale("log")
-        above.set_ylim(0.02, 5)
+        above.set_ylim(0.01, 5)
         above.set_title(words.replace(", ", "\n"), **_STYLE)
         below = figure.add_subplot(grid[1, column], sharey=below)
         _band(below, np.asarray(steps), loss, color="0.3")
@@ -522,7 +522,7 @@ def thresholds(
         if column == 0:
             above.set_ylabel("share of the threshold", **_STYLE)
             below.set_ylabel("training loss", **_STYLE)
-    figure.supxlabel("step", **_STYLE)
+        below.set_xlabel("step", **_STYLE)
     handles = [figure.axes[0].plot([], [], **style[name])[0] for name in names]
     figure.legend(handles=handles, loc="outside lower center", fontsize=7, frameon=False, ncols=len(names))
     return figure
