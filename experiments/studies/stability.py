@@ -35,9 +35,9 @@ FIRST_FEW = 5  # measurements from the one that reaches it on
 KEPT = 2  # eigenvectors that a measurement starts from
 FIRST, LATER = 24, 6  # products with the Hessian of the first measurement, and of the others
 RATIOS = {
-    "preconditioned": "preconditioned / (38/eta)",
     "lambda_max": "lambda_max / (2/eta)",
     "critical": "critical sharpness / (2/eta)",
+    "preconditioned": "preconditioned / (38/eta)",
 }
 
 
