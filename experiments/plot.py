@@ -473,10 +473,10 @@ def blocks(
                 axis.set_ylabel(quantity, **_STYLE)
             if line == 0:
                 axis.set_title(textwrap.fill(net, 30 if column else 60), **_STYLE)
-    image, drawn = None, []
+    image, drawn, top = None, [], max(table.max() for table in pairs.values())
     for column, (net, table) in enumerate(pairs.items()):
         axis = figure.add_subplot(grid[2, column])
-        image = axis.imshow(table, cmap="viridis", vmin=0, vmax=1)
+        image = axis.imshow(table, cmap="viridis", vmin=0, vmax=top)
         axis.set_xticks(range(len(table)), list(nets[net]), rotation=90)
         axis.set_yticks(range(len(table)), list(nets[net]))
         axis.tick_params(labelsize=7, length=2)

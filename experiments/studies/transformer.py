@@ -272,7 +272,7 @@ def draw(config: Config, out_dir: pathlib.Path) -> None:
         for record in numbers.values()
     }
     pairs = {record["words"]: maps[name, "end"] for name, record in numbers.items()}
-    title = f"Hessian of the blocks after training, mean and standard deviation of {config.trials} trainings"
+    title = f"Hessian of the blocks after training: means (dots) of {config.trials} trainings (ticks)"
     plot.save(plot.blocks(blocks, pairs, title), out_dir / "figure.png")
 
 
