@@ -236,7 +236,7 @@ def draw(config: Config, out_dir: pathlib.Path) -> None:
     """Prints the tables from the saved numbers, and draws the blocks and the distances of all pairs."""
     numbers, arrays = store.load_json(out_dir / "numbers.json"), store.load_arrays(out_dir / "numbers.npz")
     found: dict[tuple[str, str], dict[str, list[float]]] = {}
-    maps = {}
+    maps, bare = {}, {}
     for name, record in numbers.items():
         losses = [trial["train_loss"] for trial in record["trials"]]
         errors = [trial["test_error"] for trial in record["trials"]]
@@ -249,6 +249,9 @@ def draw(config: Config, out_dir: pathlib.Path) -> None:
             spectra = [measure.unpack(arrays, f"{name}/{i}/{when}") for i in range(len(tables))]
             every = [unlike(*pair) for pair in zip(tables, spectra, strict=True)]
             found[name, when] = {key: [one[key] for one in every] for key in MEASURES}
+            bare[name, when] = [
+                unlike(table, _without_norms(spec)) for table, spec in zip(tables, spectra, strict=True)
+            ]
             maps[name, when] = np.mean([heterogeneity(one)[1] for one in spectra], 0)
             print(f"\n{plot.label(name)}, {words}")
             report.print_columns(rows(tables))
@@ -260,6 +263,9 @@ def draw(config: Config, out_dir: pathlib.Path) -> None:
             [words, report.spread(ours[key], ".3f"), report.spread(others[key], ".3f")]
             for key, words in MEASURES.items()
         ]
+        for key in ("as it is", "/lmax"):
+            cells = [report.spread([one[key] for one in bare[name, when]], ".4f") for name in numbers]
+            lines.append([f"{MEASURES[key]}, without norms", *cells])
         report.print_columns(lines)
         claim = f"the blocks of {plot.label(config.model)} are less alike than those of {plot.label(config.beside)}"
         print(f"{claim}, {words}: {verdict(ours, others) if config.trials > 1 else 'not decided'}\n")
@@ -274,6 +280,11 @@ def draw(config: Config, out_dir: pathlib.Path) -> None:
     pairs = {record["words"]: maps[name, "end"] for name, record in numbers.items()}
     title = f"Hessian of the blocks after training: means (dots) of {config.trials} trainings (ticks)"
     plot.save(plot.blocks(blocks, pairs, title), out_dir / "figure.png")
+
+
+def _without_norms(spectra):
+    """The spectra of a net without those of normalisation layers, of few parameters each."""
+    return {name: spectrum for name, spectrum in spectra.items() if "norm" not in name}
 
 
 def rows(tables: Sequence[Mapping[str, Mapping[str, float]]]) -> list[list[str]]:
