@@ -431,6 +431,103 @@ def interactions(found: jh.Interactions, shares: Mapping[str, Sequence[float]], 
     return figure
 
 
+def blocks(
+    nets: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]], pairs: Mapping[str, np.ndarray], title: str
+) -> Figure:
+    """One column a net: largest eigenvalue and trace per parameter of each block; below, how far pairs are apart.
+
+    Args:
+      nets: {net: {block: [{"lambda_max", "trace", "parameters": float} of each training]}}. The mean is a dot, open
+        where it is negative, and each training a tick.
+      pairs: {net: (blocks, blocks)}, Jensen-Shannon divergences in shares of ln 2.
+      title: what was run.
+
+    Returns:
+      The figure.
+    """
+    figure = Figure(figsize=(7.5, 7.5), layout="constrained")
+    figure.suptitle(title, fontsize=9)
+    widths = [max(6, len(table)) for table in nets.values()]
+    grid = figure.add_gridspec(3, len(nets), height_ratios=[1, 1, 2.1], width_ratios=widths)
+    quantities = {
+        r"$\lambda_{\max}$": lambda row: row["lambda_max"],
+        "trace per parameter": lambda row: row["trace"] / row["parameters"],
+    }
+    for line, (quantity, of) in enumerate(quantities.items()):
+        shared = None
+        for column, ((net, table), color) in enumerate(zip(nets.items(), COLORS, strict=False)):
+            axis = shared = figure.add_subplot(grid[line, column], sharey=shared)
+            for x, trials in enumerate(table.values()):
+                values = [of(row) for row in trials]
+                axis.plot(np.full(len(values), x), np.abs(values), "_", color="0.5", markersize=8)
+                fill = color if np.mean(values) > 0 else "white"
+                axis.plot(x, abs(np.mean(values)), "o", color=color, markerfacecolor=fill, markersize=4)
+            axis.set_yscale("log")
+            axis.set_xlim(-0.6, len(table) - 0.4)
+            axis.set_xticks(range(len(table)), list(table) if line else [], rotation=90)
+            axis.grid(axis="y", color="0.92", linewidth=0.6)
+            _tidy(axis)
+            if column:
+                axis.tick_params(labelleft=False)
+            else:
+                axis.set_ylabel(quantity, **_STYLE)
+            if line == 0:
+                axis.set_title(textwrap.fill(net, 30 if column else 60), **_STYLE)
+    image, drawn, top = None, [], max(table.max() for table in pairs.values())
+    for column, (net, table) in enumerate(pairs.items()):
+        axis = figure.add_subplot(grid[2, column])
+        image = axis.imshow(table, cmap="viridis", vmin=0, vmax=top)
+        axis.set_xticks(range(len(table)), list(nets[net]), rotation=90)
+        axis.set_yticks(range(len(table)), list(nets[net]))
+        axis.tick_params(labelsize=7, length=2)
+        axis.set_title("Jensen-Shannon divergence / ln 2" if column == 0 else "likewise", **_STYLE)
+        drawn.append(axis)
+    figure.colorbar(image, ax=drawn, location="right", aspect=30, pad=0.01).ax.tick_params(labelsize=7)
+    return figure
+
+
+def thresholds(
+    panels: Mapping[str, tuple[Sequence[float], Mapping[str, np.ndarray], np.ndarray]], title: str
+) -> Figure:
+    """One column a panel: curvature in shares of a threshold over the steps of training, and below, the loss.
+
+    Args:
+      panels: {words: (steps, {quantity: (trials, steps) in shares of the threshold}, loss (trials, steps))}.
+      title: what was run.
+
+    Returns:
+      The figure: mean and standard deviation over trials. The threshold is a line at 1.
+    """
+    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+    figure.suptitle(title, fontsize=9)
+    grid = figure.add_gridspec(2, len(panels), height_ratios=[2, 1])
+    names = list(dict.fromkeys(name for _, curves, _ in panels.values() for name in curves))
+    style = {name: dict(color=COLORS[i], linestyle=DASHES[i], label=name) for i, name in enumerate(names)}
+    above = below = None
+    for column, (words, (steps, curves, loss)) in enumerate(panels.items()):
+        above = figure.add_subplot(grid[0, column], sharey=above)
+        above.axhline(1, color="black", linewidth=0.8, zorder=0)
+        for name in names:
+            if name in curves:
+                _band(above, np.asarray(steps), curves[name], **style[name])
+        above.set_yscale("log")
+        above.set_ylim(0.01, 5)
+        above.set_title(words.replace(", ", "\n"), **_STYLE)
+        below = figure.add_subplot(grid[1, column], sharey=below)
+        _band(below, np.asarray(steps), loss, color="0.3")
+        below.set_yscale("log")
+        for axis in (above, below):
+            _tidy(axis)
+            axis.tick_params(labelleft=column == 0)
+        if column == 0:
+            above.set_ylabel("share of the threshold", **_STYLE)
+            below.set_ylabel("training loss", **_STYLE)
+        below.set_xlabel("step", **_STYLE)
+    handles = [figure.axes[0].plot([], [], **style[name])[0] for name in names]
+    figure.legend(handles=handles, loc="outside lower center", fontsize=7, frameon=False, ncols=len(names))
+    return figure
+
+
 def save(figure: Figure, path: pathlib.Path) -> None:
     """Writes a figure, whole or not at all."""
     FigureCanvasAgg(figure)
