@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhess._checks import at_least_float32, check_choice, is_traced
+from jaxhess._cover import partition
 from jaxhess._examples import independent_examples
 from jaxhess._programs import ends_in_softmax, rounding_of
 from jaxhess._slips import check_batch, check_parameters, hints
@@ -20,7 +21,7 @@ from jaxhess._trees import automatic, full_precision, leaves_finite
 from jaxhess.batches import Batches, first_batch, leading_axis
 from jaxhess.layers import Modules, modules_of, ordered_names
 from jaxhess.objective import Objective, as_criterion
-from jaxhess.selections import Layer, Selection, Selections, check_selections, find_layer, partition, select, whole_net
+from jaxhess.selections import Layer, Selection, Selections, check_selections, find_layer, select, whole_net
 
 PyTree = Any
 CURVATURES = ("hessian", "ggn", "functional")

@@ -14,12 +14,13 @@ import numpy as np
 import optax
 
 from jaxhess._checks import at_least_float32, check_count, check_key
+from jaxhess._cover import repeated
 from jaxhess._programs import check_forward_mode, equations, program, used_inputs
 from jaxhess._trees import UNROLLED, full_precision, inner, random_like, sampler
 from jaxhess.batches import Batches
 from jaxhess.objective import as_criterion
 from jaxhess.problem import pose
-from jaxhess.selections import Piece, check_selections, name_of, repeated, select
+from jaxhess.selections import Piece, check_selections, name_of, select
 
 PyTree = Any
 INSTEAD = (
