@@ -49,7 +49,7 @@ def finite_step(curvature: str, problem: Problem, wide: bool) -> Step:
     float32 has often too few digits. Numbers are powers of two: they are part of compiled programs.
     """
     if is_traced(problem.params, problem.first):
-        return Step(DEFAULT, 2.0**-6, False)
+        return Step(_given(problem) or DEFAULT, 2.0**-6, False)
     if (curvature, wide) not in problem.steps:
         narrow = _tried(curvature, problem, False) if not wide else finite_step(curvature, problem, False)
         problem.steps[curvature, wide] = narrow
@@ -59,6 +59,11 @@ def finite_step(curvature: str, problem: Problem, wide: bool) -> Step:
                     tried = _tried(curvature, problem, True)
                     problem.steps[curvature, wide] = min(narrow, tried, key=lambda step: step.error)
     return problem.steps[curvature, wide]
+
+
+def _given(problem):
+    """The step that the user gave, if any."""
+    return None if isinstance(problem.differentiation, str) else float(problem.differentiation)
 
 
 def _all_in_float64(problem):
@@ -76,6 +81,8 @@ def _tried(curvature, problem, wide):
 
     v = _slope(problem.loss, problem.params, problem.first)
     steps = _WIDE if wide else _NARROW
+    if given := _given(problem):
+        steps = np.array([2 * given, given])
     for _ in range(2):  # of the power method
         v = _unit(product(v, steps[len(steps) // 2]))
     found = [product(v, step) for step in steps]
@@ -84,7 +91,7 @@ def _tried(curvature, problem, wide):
     with np.errstate(invalid="ignore", divide="ignore"):
         errors = np.where(sizes[1:] > 0, changes / sizes[1:], 0.0)
     if not np.isfinite(errors).any():
-        return Step(DEFAULT, 1.0, False)
+        return Step(given or DEFAULT, 1.0, False)
     best = int(np.nanargmin(errors))
     error = max(errors[best], np.finfo(np.float32).eps)
     return Step(float(steps[best + 1]), float(2.0 ** np.ceil(np.log2(error))), wide)

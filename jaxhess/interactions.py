@@ -61,7 +61,7 @@ def layer_interactions(
     layers: Selections = None,
     max_bytes: int = 2**30,
     progress: Callable[[int, int], None] | None = None,
-    differentiation: str = "exact",
+    differentiation: str | float = "exact",
     has_aux: bool = False,
 ) -> Interactions:
     """The map of layer interactions: ||A_lk||_F^2 for all pairs of layers l and k.

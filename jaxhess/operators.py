@@ -40,7 +40,7 @@ def hessian(
     batch: PyTree,
     *,
     layer: Selection = None,
-    differentiation: str = "exact",
+    differentiation: str | float = "exact",
     has_aux: bool = False,
 ) -> Partial:
     """The Hessian as a product: v -> Hess v, or v -> Hess_l v with the diagonal block of one layer.
@@ -56,7 +56,8 @@ def hessian(
         default the whole net.
       differentiation: "exact", forward over reverse; or "finite", for nets without derivatives in forward mode
         (``jax.custom_vjp``, as in flash attention): (grad L(w + t v) - grad L(w - t v)) / 2 t. The step t is found by a
-        trial of a dozen. Its error, to which rounding belongs, is part of the residuals of eigenvalues.
+        trial of a dozen. Its error, to which rounding belongs, is part of the residuals of eigenvalues. A number is a
+        step of your own, relative to the parameters, such as 1e-3.
       has_aux: whether the loss returns ``(value, aux)``; for an `Objective`, whether ``predict`` returns
         ``(outputs, aux)``.
 
@@ -87,7 +88,7 @@ def ggn(
     batch: PyTree,
     *,
     layer: Selection = None,
-    differentiation: str = "exact",
+    differentiation: str | float = "exact",
     has_aux: bool = False,
 ) -> Partial:
     """The generalised Gauss-Newton matrix as a product: v -> J' S J v, or the block G_l of one layer.
@@ -126,7 +127,7 @@ def functional_hessian(
     batch: PyTree,
     *,
     layer: Selection = None,
-    differentiation: str = "exact",
+    differentiation: str | float = "exact",
     has_aux: bool = False,
 ) -> Partial:
     """The Hessian without G, as a product: v -> H v with H = Hess - G, or the block H_l of one layer.
@@ -208,7 +209,7 @@ def aslinearoperator(operator: Operator, *, like: PyTree) -> scipy.sparse.linalg
 def product(curvature: str, problem: Problem, layer: Layer | None = None) -> Partial:
     """The product of a `Problem`, for the whole net by default."""
     layer = problem.whole if layer is None else layer
-    if problem.differentiation == "finite":
+    if problem.finite:
         step = finite_step(curvature, problem, wide=True)
         made = _Product(At(curvature, problem.loss, layer, step.size), problem.batch if problem.many else None, step)
     else:
@@ -218,7 +219,7 @@ def product(curvature: str, problem: Problem, layer: Layer | None = None) -> Par
 
 def product_at(curvature: str, problem: Problem, layer: Layer) -> At:
     """The product of one batch as a function of parameters, batch and v; TypeError where there is none."""
-    if problem.differentiation == "finite":
+    if problem.finite:
         return At(curvature, problem.loss, layer, finite_step(curvature, problem, wide=False).size)
     at, first = At(curvature, problem.loss, layer), (problem.params, problem.first)
     check_forward_mode(problem.loss, first, at, (*first, layer.take(problem.params)))

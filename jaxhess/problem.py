@@ -36,14 +36,14 @@ class Problem:
       params: the parameters, at least in float32.
       batch: one batch, or `Batches`.
       selections: the layers or groups that are asked for; None for all layers.
-      differentiation: "exact", or "finite" for products by central differences.
+      differentiation: "exact", or "finite" or a relative step for products by central differences.
     """
 
     loss: Any
     params: PyTree
     batch: PyTree
     selections: Selections = None
-    differentiation: str = "exact"
+    differentiation: str | float = "exact"
 
     @cached_property
     def first(self) -> PyTree:
@@ -87,6 +87,11 @@ class Problem:
     def steps(self) -> dict[tuple[str, bool], Any]:
         """The steps of central differences, as far as they were looked for."""
         return {}
+
+    @property
+    def finite(self) -> bool:
+        """Whether products are central differences."""
+        return self.differentiation != "exact"
 
     @property
     def many(self) -> bool:
@@ -142,6 +147,14 @@ def outputs_of(objective: Objective, params: PyTree, batch: PyTree) -> jax.Array
 # ---- what is checked before the first product ----
 
 
+def check_differentiation(value: Any) -> None:
+    """ValueError for anything other than "exact", "finite" and a step."""
+    if isinstance(value, str):
+        check_choice("differentiation", value, ("exact", "finite"))
+    elif isinstance(value, bool) or np.ndim(value) or not 0 < value < np.inf:
+        raise ValueError(f"the step of central differences must be positive and finite, got {value!r}")
+
+
 def pose(
     curvature: str,
     loss: Any,
@@ -149,14 +162,14 @@ def pose(
     batch: PyTree,
     has_aux: bool = False,
     selections: Selections = None,
-    differentiation: str = "exact",
+    differentiation: str | float = "exact",
 ) -> Problem:
     """Checks a loss, its parameters and its batch, once, and what is selected of the parameters.
 
     Values (NaN, labels) are checked where they are concrete; under ``jit`` a NaN is carried through.
     """
     check_choice("curvature", curvature, CURVATURES)
-    check_choice("differentiation", differentiation, ("exact", "finite"))
+    check_differentiation(differentiation)
     check_selections(selections)
     loss = _checked_loss(curvature, loss, has_aux)
     params = _differentiable(params)

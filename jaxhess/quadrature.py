@@ -200,7 +200,7 @@ def layer_spectra(
     reorthogonalize: bool | str = True,
     max_bytes: int = 2**30,
     progress: Callable[[int, int], None] | None = None,
-    differentiation: str = "exact",
+    differentiation: str | float = "exact",
     has_aux: bool = False,
 ) -> dict[str, Spectrum]:
     """The spectrum of every layer's block, and of the whole net.

@@ -179,7 +179,7 @@ def summarize(
     chunk_size: int = 8,
     max_bytes: int = 2**30,
     progress: Callable[[int, int], None] | None = None,
-    differentiation: str = "exact",
+    differentiation: str | float = "exact",
     has_aux: bool = False,
 ) -> Summary:
     """The curvature of every layer and of the whole net, as a table.

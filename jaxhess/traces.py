@@ -142,7 +142,7 @@ def layer_traces(
     max_probes: int = 1024,
     chunk_size: int = 8,
     layers: Selections = None,
-    differentiation: str = "exact",
+    differentiation: str | float = "exact",
     has_aux: bool = False,
 ) -> dict[str, Estimate]:
     """The traces of every layer's block, and of the whole, each with its standard error.

@@ -105,6 +105,19 @@ def test_traces_spectra_interactions_and_a_summary_of_a_net_without_forward_mode
     assert abs(found.norms.sum() - np.sum(whole**2)) < 0.1 * np.sum(whole**2)
 
 
+def test_a_step_of_ones_own():
+    """Truncation falls with its square, and the residual follows."""
+    one = helpers.problem("mlp")
+    true = np.linalg.eigvalsh(helpers.matrices(one)["hessian"])[-1]
+    errors = []
+    for step in (0.2, 0.02):
+        operator = jh.hessian(one.objective, one.params, one.batch, differentiation=step)
+        found, _, residuals = jh.top_eigenpairs(operator, like=one.params, key=KEY, k=1)
+        errors.append(abs(found[0] - true))
+        assert errors[-1] <= residuals[0]
+    assert 50 < errors[0] / errors[1] < 200
+
+
 def test_layers_that_are_zero():
     """Their step is that of the other layers: there is no size of their own."""
     one = helpers.problem("mlp")
@@ -144,6 +157,9 @@ def test_casts_to_float32_inside_of_the_net_are_noticed(where):
 
 
 def test_what_is_refused():
+    for step in (0.0, -1e-3, np.nan, np.inf, True):
+        with pytest.raises(ValueError, match="step of central differences must be positive and finite"):
+            jh.hessian(*AT, differentiation=step)
     with pytest.raises(ValueError, match="unknown differentiation 'central'.*'finite'"):
         jh.hessian(*AT, differentiation="central")
     operator = jh.hessian(*AT, differentiation="finite")
