@@ -83,6 +83,15 @@ def test_over_batches_and_scaled_vectors():
         v = jax.tree.map(lambda x, s=scale: s * (x + 0.3), ATTENTION.params)
         found, expected = (np.asarray(ravel_pytree(f(v))[0]) for f in (operator, jh.hessian(*EXACT)))
         assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+    exact, negative = (
+        jh.hessian(*EXACT),
+        lambda v: jax.tree.map(jnp.negative, jh.hessian(*AT, differentiation="finite")(v)),
+    )
+    lowest = jh.top_eigenpairs(negative, like=AT[1], key=KEY, k=1, num_steps=64)[0][0]
+    assert np.isclose(-lowest, np.linalg.eigvalsh(helpers.dense(TRUE, "hessian"))[0], rtol=1e-3)
+    scale = jax.tree.map(lambda x: 1 + x**2, AT[1])
+    pairs = [jh.top_eigenpairs(jh.precondition(h, scale), like=AT[1], key=KEY, k=1)[0] for h in (operator, exact)]
+    assert np.isclose(*pairs, rtol=1e-4)
     zero = operator(jax.tree.map(jnp.zeros_like, ATTENTION.params))
     assert not any(x.any() for x in jax.tree.leaves(zero))
 

@@ -208,9 +208,10 @@ def test_a_warm_start_follows_a_training_within_six_products(optimizer):
         values, vectors, residuals = jh.top_eigenpairs(counted, like=params, key=KEY, k=1, **options)
         if step % 10 == 0:
             matrix = np.asarray(dense(ravel_pytree(params)[0]), np.float64)
-            true = np.linalg.eigvalsh(root[:, None] * matrix * root)[-1]
-            assert abs(values[0] - true) < 0.01 * true, step
-            assert abs(values[0] - true) <= residuals[0] + 1e-4 * true or values[0] < true
+            every = np.linalg.eigvalsh(root[:, None] * matrix * root)
+            assert abs(values[0] - every[-1]) < 0.01 * every[-1], step
+            # The dense matrix is of float32 too.
+            assert np.abs(every - values[0]).min() <= residuals[0] + 1e-5 * every[-1], step
         assert step == 0 or counted.count <= 6
 
 
@@ -315,7 +316,7 @@ def test_critical_sharpness_where_a_step_always_or_never_raises_the_loss():
 def test_critical_sharpness_where_long_steps_overflow_or_cross_exactly(size):
     loss = lambda w, _: jnp.sum(w**2) / 2 + jnp.where(jnp.abs(w[0]) < 1.5, 0.0, jnp.nan)
     found = jh.critical_sharpness(loss, jnp.ones(1), None, -size * jnp.ones(1), learning_rate=size)
-    assert found == pytest.approx(1.0, rel=0.02) or found == pytest.approx(2 / 2.0, rel=0.02)
+    assert found == pytest.approx(1.0, rel=0.02)
 
 
 # ---- what is refused ----
