@@ -160,26 +160,37 @@ def first(dataset: Dataset, count: int) -> Split:
 def hold_out(dataset: Dataset, count: int, seed: int = 0) -> Dataset:
     """The same set with a random part of its training images in place of the test images, to choose settings on.
 
+    Of text it is the end, since neighbouring sequences are alike.
+
     Args:
       dataset: the whole set; its test images are not looked at.
-      count: images to hold out, of which each class has its share to within one.
+      count: images to hold out, of which each class has its share to within one; of text, sequences.
       seed: of the choice.
 
     Returns:
       `Dataset`, whose name tells how many were held out.
 
     Raises:
-      ValueError: if ``count`` leaves a class no training image, or is less than one for each class.
+      ValueError: if ``count`` leaves a class no training image, or is less than one for each class; for text, if it
+        leaves no sequence.
     """
     from sklearn.model_selection import train_test_split
 
     labels = dataset.train["label"]
+    if dataset.is_text:
+        if not 0 < count < len(labels):
+            raise ValueError(f"cannot hold out {count} of {len(labels)} sequences of {dataset.name}; take fewer")
+        return _held_out(dataset, np.arange(len(labels) - count), np.arange(len(labels) - count, len(labels)))
     try:
         rest, held = train_test_split(np.arange(len(labels)), test_size=count, stratify=labels, random_state=seed)
     except ValueError as error:
         raise ValueError(f"cannot hold out {count} of {len(labels)} images of {dataset.name}: {error}") from error
+    return _held_out(dataset, rest, held)
+
+
+def _held_out(dataset, rest, held):
     train, test = ({key: value[index] for key, value in dataset.train.items()} for index in (rest, held))
-    return dataclasses.replace(dataset, name=f"{dataset.name}/held-out-{count}", train=train, test=test)
+    return dataclasses.replace(dataset, name=f"{dataset.name}/held-out-{len(held)}", train=train, test=test)
 
 
 class OnDevice(NamedTuple):

@@ -134,7 +134,8 @@ def about(config: Scale, model: str, dataset: str) -> str:
     name, _, label = dataset.partition(":")
     label = label or config.label
     data_words = plot.label(name) + (f" ({label.replace('_', ' ')}s)" if label != "label" else "")
-    return f"{net_words} on {data_words}" + (f" ({config.examples:,} images)" if config.examples else "")
+    unit = "sequences" if name.partition("/")[0] == data.TEXT else "images"
+    return f"{net_words} on {data_words}" + (f" ({config.examples:,} {unit})" if config.examples else "")
 
 
 def how(config: Config) -> str:

@@ -35,6 +35,7 @@ LABELS = {
     "resnet18_noskip": "ResNet18 without skips",
     "densenet": "DenseNet-40-12",
     "gpt": "GPT",
+    "vit": "ViT",
     "gpt_10m": "GPT (10 M)",
     "mnist": "MNIST",
     "fashion_mnist": "Fashion-MNIST",

@@ -19,6 +19,7 @@ from experiments.models.mlp import MLP
 from experiments.models.objective import Predict, objective
 from experiments.models.resnet import ResNet18
 from experiments.models.vgg import VGG
+from experiments.models.vit import ViT
 
 __all__ = ["MODELS", "Name", "Predict", "build", "objective"]
 
@@ -35,6 +36,7 @@ MODELS = {
     "resnet18_noskip": partial(ResNet18, skip=False),
     "densenet": DenseNet,
     "gpt": GPT,
+    "vit": ViT,
     "gpt_10m": partial(GPT, layers=6, heads=6, width=6.0, context=256),  # as nanoGPT's for characters
 }
 Name = Literal[*MODELS]

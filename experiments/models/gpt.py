@@ -9,48 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.models import ops
-
-
-class Attention(nn.Module):
-    """Causal self-attention; layers query, key, value, out.
-
-    Attributes:
-      heads: number of heads, which divides the number of features.
-    """
-
-    heads: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(N, T, F) -> (N, T, F)."""
-        features = x.shape[-1]
-        shape = (*x.shape[:-1], self.heads, features // self.heads)
-        query, key, value = (nn.Dense(features, name=name)(x).reshape(shape) for name in ("query", "key", "value"))
-        scores = jnp.einsum("nthf,nshf->nhts", query, key) / shape[-1] ** 0.5
-        earlier = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
-        scores = jnp.where(earlier[None, None], scores, jnp.finfo(scores.dtype).min)
-        mixed = jnp.einsum("nhts,nshf->nthf", nn.softmax(scores), value)
-        return nn.Dense(features, name="out")(mixed.reshape(x.shape))
-
-
-class Block(nn.Module):
-    """A pre-norm transformer block: attention, then two dense layers with GELU, each added to its input.
-
-    Layers norm1, attn/query, attn/key, attn/value, attn/out, norm2, fc, proj.
-
-    Attributes:
-      heads: number of heads.
-    """
-
-    heads: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(N, T, F) -> (N, T, F)."""
-        features = x.shape[-1]
-        x = x + Attention(self.heads, name="attn")(nn.LayerNorm(epsilon=1e-5, name="norm1")(x))
-        y = nn.gelu(nn.Dense(4 * features, name="fc")(nn.LayerNorm(epsilon=1e-5, name="norm2")(x)))
-        return x + nn.Dense(features, name="proj")(y)
+from experiments.models.attention import Block
 
 
 class GPT(nn.Module):

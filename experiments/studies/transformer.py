@@ -1,13 +1,15 @@
 """Curvature of the parts of a transformer, and how unlike they are, next to those of a convolutional net.
 
     python -m experiments.run transformer model=gpt dataset=shakespeare beside=lenet beside_dataset=mnist
+    python -m experiments.run transformer model=gpt_10m dataset=shakespeare/64 by=kinds beside=none
 
-About 10 minutes on one CPU core. Not in the paper. Zhang et al. 2024 (arXiv 2402.16788) find that the Hessian's spectra
-of a transformer's blocks differ dramatically, and those of a convolutional net do not. Here the blocks are the parts of
-each transformer block (query, key, value, the attention's output, the two dense layers, the norms), the embeddings and
-the head; those of the other net are its layers. How unlike the spectra are is the mean over all pairs of their
-Jensen-Shannon divergence, in shares of its largest value ln 2: as they are, and divided by their largest eigenvalue.
-Both nets are measured before training and after it.
+About 10 minutes on one CPU core for the first. Not in the paper. Zhang et al. 2024 (arXiv 2402.16788) find that the
+Hessian's spectra of a transformer's blocks differ dramatically, and those of a convolutional net do not. Here the
+blocks are the parts of each transformer block (query, key, value, the attention's output, the two dense layers, the
+norms), the embeddings and the head; those of the other net are its layers. A large net is measured by fewer blocks:
+each part over the whole net (``by=kinds``), or the transformer blocks as they are (``by=blocks``). How unlike the
+spectra are is the mean over all pairs of their Jensen-Shannon divergence, in shares of its largest value ln 2: as they
+are, and divided by their largest eigenvalue. The nets are measured before training and after it.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ import dataclasses
 import itertools
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -25,7 +28,8 @@ import optax
 
 import jaxhess as jh
 from experiments import data, figures, measure, models, nulls, plot, report, statistics, store, train
-from experiments.plan import Plan, Training
+from experiments.bench.memory import timed_peak
+from experiments.plan import Plan, Training, duration
 
 PyTree = Any
 PARTS = {  # of a transformer block: the words, and where the parameters are
@@ -37,7 +41,8 @@ PARTS = {  # of a transformer block: the words, and where the parameters are
     "MLP out": "proj",
     "norms": "norm*",
 }
-ENDS = {"token": "embedding", "position": "positions", "norm": "last norm", "head": "head"}
+BEFORE = {"token": "embedding", "patches": "patches", "position": "positions"}
+AFTER = {"norm": "last norm", "head": "head"}
 WHEN = {"start": "before training", "end": "after training"}
 MEASURES = {
     "as it is": "JS of the spectra as they are",
@@ -52,8 +57,9 @@ class Config(figures.Config):
 
     Attributes:
       model: the transformer.
-      dataset: the text that it reads.
-      beside: the net that it is compared with.
+      dataset: the text that it reads, or the images.
+      by: what is measured: "parts" of each transformer block, "kinds" of parts over all blocks, or whole "blocks".
+      beside: the net that it is compared with, or "none".
       beside_dataset: the images of that net.
       beside_examples: how many of them, the same for each class; 0 for all.
       beside_epochs: passes over them.
@@ -67,7 +73,8 @@ class Config(figures.Config):
 
     model: models.Name = "gpt"
     dataset: data.Name = "shakespeare"
-    beside: models.Name = "lenet"
+    by: Literal["parts", "kinds", "blocks"] = "parts"
+    beside: models.Name | Literal["none"] = "lenet"
     beside_dataset: data.Name = "mnist"
     beside_examples: int = 10_000
     beside_epochs: int = 6
@@ -95,7 +102,7 @@ def plan(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> 
         width=1.0,
     )
     trainings = {}
-    for one in (config, other):
+    for one in (config, other) if config.beside != "none" else (config,):
         dataset = figures.load(one, one.dataset, data_dir)
         for trial in range(config.trials):
             seeded = dataclasses.replace(one, seed=config.seed + trial)
@@ -117,7 +124,11 @@ def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> N
         record |= {"examples": len(batch["label"]), "unit": "sequences" if training.dataset.is_text else "images"}
         found: dict[str, Any] = {name: float(trained.history[name][-1]) for name in ("train_loss", "test_error")}
         for when, params in (("start", initial(model, training)), ("end", trained.params)):
-            found[when], spectra = measured(config, model, params, batch, training.config.seed)
+            results: list[Any] = []
+            take = partial(measured, config, model, params, batch, training.config.seed)
+            peak, seconds = timed_peak(lambda take=take, into=results: report.seconds(lambda: into.append(take())))
+            found[when], spectra = results[-1]
+            found |= {f"{when}_seconds": seconds, f"{when}_mebibytes": peak}
             arrays |= measure.pack(spectra, f"{name}/{trial}/{when}")
         record["trials"].append(found)
     store.save_arrays(out_dir / "numbers.npz", arrays)
@@ -134,7 +145,7 @@ def measured(
 ) -> tuple[dict[str, Any], dict[str, jh.Spectrum]]:
     """{block: {"parameters", "trace", "std_error", "lambda_max", "lambda_min"}} and the spectra, "total" last."""
     loss, keys = models.objective(model), jax.random.split(jax.random.key(seed))
-    layers = groups(jh.layer_names(params, loss, batch))
+    layers = groups(jh.layer_names(params, loss, batch), config.by)
     with measure.progress_bar("spectra") as progress:
         spectra = jh.layer_spectra(
             loss, params, batch, key=keys[0], num_steps=config.num_steps, layers=layers, progress=progress
@@ -153,22 +164,27 @@ def measured(
     return table, spectra
 
 
-def groups(names: Sequence[str]) -> dict[str, str]:
-    """The blocks of a net as named selections: parts of transformer blocks, or the layers as they are.
+def groups(names: Sequence[str], by: str = "parts") -> dict[str, str]:
+    """The blocks of a net as named selections: parts of transformer blocks, or the layers of another net as they are.
 
     Args:
       names: of all layers, in network order.
+      by: as in `Config`.
 
     Returns:
       {words: selection}, in network order; of a GPT such as {"embedding": "token", "block1 query": "block1/attn/query",
-      "block1 norms": "block1/norm*"}.
+      "block1 norms": "block1/norm*"}; by kinds {"query": "block*/attn/query"}.
     """
     blocks = sorted({name.split("/")[0] for name in names if "/attn/" in name}, key=lambda name: int(name[5:]))
     if not blocks:
         return {name: name for name in names}
-    found = {ENDS[name]: name for name in ("token", "position")}
-    found |= {f"{block} {words}": f"{block}/{path}" for block in blocks for words, path in PARTS.items()}
-    return found | {ENDS[name]: name for name in ("norm", "head")}
+    inside = {
+        "parts": {f"{block} {words}": f"{block}/{path}" for block in blocks for words, path in PARTS.items()},
+        "kinds": {words: f"block*/{path}" for words, path in PARTS.items()},
+        "blocks": {block: block for block in blocks},
+    }
+    before, after = ({words: name for name, words in ends.items() if name in names} for ends in (BEFORE, AFTER))
+    return before | inside[by] | after
 
 
 # ---- how unlike the blocks are ----
@@ -245,6 +261,7 @@ def draw(config: Config, out_dir: pathlib.Path) -> None:
             f"{report.percent(errors, '.1f')} %, measured at {record['examples']} training {record['unit']}"
         )
         for when, words in WHEN.items():
+            print(cost(record["trials"], when))
             tables = [trial[when] for trial in record["trials"]]
             spectra = [measure.unpack(arrays, f"{name}/{i}/{when}") for i in range(len(tables))]
             every = [unlike(*pair) for pair in zip(tables, spectra, strict=True)]
@@ -257,18 +274,17 @@ def draw(config: Config, out_dir: pathlib.Path) -> None:
             report.print_columns(rows(tables))
         print()
     for when, words in WHEN.items():
-        ours, others = (found[name, when] for name in numbers)
+        every = [found[name, when] for name in numbers]
         lines = [[f"how unlike the blocks are, {words}", *map(plot.label, numbers)]]
-        lines += [
-            [words, report.spread(ours[key], ".3f"), report.spread(others[key], ".3f")]
-            for key, words in MEASURES.items()
-        ]
+        lines += [[words, *(report.spread(one[key], ".3f") for one in every)] for key, words in MEASURES.items()]
         for key in ("as it is", "/lmax"):
             cells = [report.spread([one[key] for one in bare[name, when]], ".4f") for name in numbers]
             lines.append([f"{MEASURES[key]}, without norms", *cells])
         report.print_columns(lines)
+        if len(every) == 1:
+            continue
         claim = f"the blocks of {plot.label(config.model)} are less alike than those of {plot.label(config.beside)}"
-        print(f"{claim}, {words}: {verdict(ours, others) if config.trials > 1 else 'not decided'}\n")
+        print(f"{claim}, {words}: {verdict(*every) if config.trials > 1 else 'not decided'}\n")
     blocks = {
         record["words"]: {
             name: [trial["end"][name] for trial in record["trials"]]
@@ -278,8 +294,19 @@ def draw(config: Config, out_dir: pathlib.Path) -> None:
         for record in numbers.values()
     }
     pairs = {record["words"]: maps[name, "end"] for name, record in numbers.items()}
-    title = f"Hessian of the blocks after training: means (dots) of {config.trials} trainings (ticks)"
+    trials = f"means (dots) of {config.trials} trainings (ticks)" if config.trials > 1 else "one training"
+    title = f"Hessian of the blocks after training: {trials}"
     plot.save(plot.blocks(blocks, pairs, title), out_dir / "figure.png")
+
+
+def cost(trials: Sequence[Mapping[str, Any]], when: str) -> str:
+    """How long measuring took, and how much memory it held beyond the net itself, in words; the most of the trials."""
+    seconds = [trial.get(f"{when}_seconds") for trial in trials]
+    if None in seconds:
+        return ""  # of results that were kept before it was noted
+    peaks = [trial[f"{when}_mebibytes"] for trial in trials]
+    memory = "" if None in peaks else f" and at most {max(peaks):,.0f} MiB"
+    return f"\nmeasuring took {duration(max(seconds))}{memory}"
 
 
 def _without_norms(spectra):
