@@ -32,6 +32,7 @@ from experiments.bench.memory import timed_peak
 from experiments.plan import Plan, Training, duration
 
 PyTree = Any
+Other = Literal[*models.MODELS, "none"]
 PARTS = {  # of a transformer block: the words, and where the parameters are
     "query": "attn/query",
     "key": "attn/key",
@@ -74,7 +75,7 @@ class Config(figures.Config):
     model: models.Name = "gpt"
     dataset: data.Name = "shakespeare"
     by: Literal["parts", "kinds", "blocks"] = "parts"
-    beside: models.Name | Literal["none"] = "lenet"
+    beside: Other = "lenet"
     beside_dataset: data.Name = "mnist"
     beside_examples: int = 10_000
     beside_epochs: int = 6
