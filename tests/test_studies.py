@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
+from jax.sharding import Mesh
 
 import jaxhess as jh
 from experiments import data, measure, models, run
 from experiments.models.gpt import GPT
-from experiments.studies import stability, transformer
+from experiments.studies import sharded, stability, transformer
 
 TEXT = "To be, or not to be: that is the question.\n" * 40
 SMALL = partial(GPT, layers=1, heads=2, width=0.125, context=8)  # 8 features
@@ -195,6 +196,29 @@ def test_the_groups_of_a_gpt_are_its_parameters_each_once():
     assert transformer.groups(["conv1", "fc1"]) == {"conv1": "conv1", "fc1": "fc1"}
 
 
+def test_blocks_and_kinds_of_parts_hold_every_parameter_once():
+    """Of a GPT and of a vision transformer, in the order of their use."""
+    images = jnp.zeros((2, 8, 8, 3))
+    nets = {"gpt": (jnp.zeros((2, 8), int), {"layers": 2, "heads": 2}), "vit": (images, {"heads": 2})}
+    for name, (inputs, options) in nets.items():
+        model = models.build(name, 5, width=0.25, **options)
+        shape = (2, 8) if name == "gpt" else (2,)
+        batch = {"image": inputs, "label": jnp.zeros(shape, int)}
+        params = jax.jit(model.init)(jax.random.key(0), inputs)["params"]
+        names = jh.layer_names(params, models.objective(model), batch)
+        first = "embedding" if name == "gpt" else "patches"
+        expected = {
+            "blocks": [first, "positions", "block1", "block2", "last norm", "head"],
+            "kinds": [first, "positions", *transformer.PARTS, "last norm", "head"],
+        }
+        size = sum(x.size for x in jax.tree.leaves(params))
+        for by, words in expected.items():
+            found = transformer.groups(names, by)
+            assert list(found) == words
+            sizes = [sum(x.size for x in jax.tree.leaves(jh.subtree(params, one))) for one in found.values()]
+            assert sum(sizes) == size and all(sizes)
+
+
 def test_what_is_measured_is_that_of_the_dense_blocks(folder):
     text = data.load("shakespeare/8", str(folder))
     model, batch = SMALL(num_classes=text.num_classes), measure.measure_batch(text, 2, {})
@@ -236,7 +260,55 @@ def test_transformer_from_end_to_end(folder, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.count(": there, ") == 4
 
 
+def test_a_transformer_alone(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(models.MODELS, "gpt", SMALL)
+    words = ["dataset=shakespeare/8", "beside=none", "by=blocks", "epochs=1", "examples=100", "batch_size=50"]
+    words += ["trials=1", "num_steps=5", "num_probes=2", "images_per_class=2", f"data_dir={folder}"]
+    assert run.main(["transformer", *words, f"out={tmp_path / 'one'}"]) == 0
+    printed = capsys.readouterr().out
+    assert "(100 sequences), 1 trainings" in printed and "less alike" not in printed
+    assert printed.count("measuring took") == 2 and printed.count("block1 ") == 2
+    found = json.loads((tmp_path / "one" / "numbers.json").read_text())["gpt"]["trials"][0]
+    assert found["end_seconds"] > 0 and found["end"]["block1"]["parameters"] > found["end"]["head"]["parameters"]
+    redraws_alike(tmp_path / "one", "transformer")
+
+
 def test_a_net_is_not_compared_with_itself(folder, tmp_path, capsys):
     words = ["beside=gpt", "beside_dataset=shakespeare/8", f"data_dir={folder}", f"out={tmp_path}"]
     assert run.main(["transformer", *words]) == 2
     assert "beside=gpt is the net itself" in capsys.readouterr().err
+
+
+# ---- sharded ----
+
+
+def test_a_net_on_two_devices_has_the_numbers_of_one_and_half_of_the_memory(tmp_path, capsys):
+    words = ["model=mlp", "dataset=digits", "devices=2", "images_per_class=1", "num_steps=3", "num_probes=2"]
+    assert run.main(["sharded", *words, f"out={tmp_path / 'one'}"]) == 0
+    assert "MLP on digits, on one device and spread over 2" in capsys.readouterr().out
+    one, two = json.loads((tmp_path / "one" / "numbers.json").read_text()).values()
+    assert {"loss", "Tr Hess total", "Tr G total", "lambda_max total"} < set(one["values"]) == set(two["values"])
+    for name, value in one["values"].items():
+        assert two["values"][name] == pytest.approx(value, rel=1e-3, abs=1e-4 * abs(one["values"]["Tr G total"])), name
+    for name in ("parameters", "3 Lanczos vectors"):
+        assert 0.5 <= two["mebibytes"][name] / one["mebibytes"][name] < 0.55
+
+
+def test_arrays_lie_along_their_longest_axis_that_divides():
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    tree = {"long": jnp.zeros((4, 6)), "odd": jnp.zeros((7, 2)), "none": jnp.zeros((3, 5)), "bias": jnp.zeros(4)}
+    placed = sharded.spread(mesh, tree)
+    shapes = {name: x.addressable_shards[0].data.shape for name, x in placed.items()}
+    assert shapes == {"long": (4, 3), "odd": (7, 1), "none": (3, 5), "bias": (2,)}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["devices=1000"], "XLA_FLAGS=--xla_force_host_platform_device_count=1000"),
+        (["devices=4", "images_per_class=1"], "10 examples cannot be spread evenly over devices=4"),
+    ],
+)
+def test_sharded_says_what_does_not_fit(tmp_path, capsys, words, message):
+    assert run.main(["sharded", "model=mlp", "dataset=digits", f"out={tmp_path}", *words]) == 2
+    assert message in capsys.readouterr().err
