@@ -16,7 +16,7 @@ from experiments.models import ops
 
 # Programs that run once: compiled several times as fast, and slower.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-NETS = sorted(set(models.MODELS) - {"lenet", "mlp", "gpt", "gpt_10m"})
+NETS = sorted(set(models.MODELS) - {"lenet", "mlp", "gpt", "gpt_10m", "vit"})
 
 
 def shapes(name, image=(32, 32, 3), num_classes=10, **options):

@@ -159,6 +159,18 @@ def test_the_net_written_out_in_numpy(text, net):
     np.testing.assert_allclose(model.apply({"params": params}, tokens), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_end_of_the_training_text_is_held_out(text):
+    held_out = data.hold_out(text, 3)
+    assert held_out.name == f"{text.name}/held-out-3" and held_out.is_text
+    for name, values in text.train.items():
+        np.testing.assert_array_equal(held_out.train[name], values[:-3])
+        np.testing.assert_array_equal(held_out.test[name], values[-3:])
+    count = len(text.train["label"])
+    for wrong in (0, count):
+        with pytest.raises(ValueError, match=f"cannot hold out {wrong} of {count} sequences"):
+            data.hold_out(text, wrong)
+
+
 def test_the_large_one_has_nanogpts_size():
     model = models.build("gpt_10m", 65)
     tokens = jax.ShapeDtypeStruct((1, 256), jnp.int32)
