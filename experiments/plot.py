@@ -440,13 +440,13 @@ def blocks(
     Args:
       nets: {net: {block: [{"lambda_max", "trace", "parameters": float} of each training]}}. The mean is a dot, open
         where it is negative, and each training a tick.
-      pairs: {net: (blocks, blocks)}, Jensen-Shannon divergences in shares of ln 2.
+      pairs: {net: (blocks, blocks)}, decades between their eigenvalues.
       title: what was run.
 
     Returns:
       The figure.
     """
-    figure = Figure(figsize=(7.5, 7.5), layout="constrained")
+    figure = Figure(figsize=(7.5 if len(nets) > 1 else 4.5, 7.5), layout="constrained")
     figure.suptitle(title, fontsize=9)
     widths = [max(6, len(table)) for table in nets.values()]
     grid = figure.add_gridspec(3, len(nets), height_ratios=[1, 1, 2.1], width_ratios=widths)
@@ -481,7 +481,9 @@ def blocks(
         axis.set_xticks(range(len(table)), list(nets[net]), rotation=90)
         axis.set_yticks(range(len(table)), list(nets[net]))
         axis.tick_params(labelsize=7, length=2)
-        axis.set_title("Jensen-Shannon divergence / ln 2" if column == 0 else "likewise", **_STYLE)
+        axis.set_title(
+            "decades between the eigenvalues that make the curvature" if column == 0 else "likewise", **_STYLE
+        )
         drawn.append(axis)
     figure.colorbar(image, ax=drawn, location="right", aspect=30, pad=0.01).ax.tick_params(labelsize=7)
     return figure

@@ -84,6 +84,7 @@ class TrainConfig:
         worst parameters within rho, to first order, for twice the time of a step.
       noise_stability: standard deviation sigma of the noise of `jaxhess.add_noise_stability`, 0 for none: the gradient
         is the mean of those at parameters that are moved by noise to both sides, in evaluation mode.
+      adam: whether Adam takes the place of SGD, with the momentum as its b1 and with b2 = 0.999.
       augment: whether images are flipped, and rotated by up to 15 degrees, both at random.
       seed: seed of initialisation, order, augmentation and probes. Each has its own random numbers, so that trainings
         with the same seed and different penalties start from the same parameters and see the same images.
@@ -99,6 +100,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     sam: float = 0.0
     noise_stability: float = 0.0
+    adam: bool = False
     augment: bool = False
     seed: int = 0
     penalty: tyro.conf.Suppress[Penalty | None] = None  # no key of the command line
@@ -123,7 +125,7 @@ class TrainConfig:
 def optimizer(
     config: TrainConfig, steps_per_epoch: int, transform: optax.GradientTransformation | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """SGD with momentum, L2 and a piecewise constant rate, after a transformation that may take ``batch=``.
+    """SGD with momentum or Adam, L2 and a piecewise constant rate, after a transformation that may take ``batch=``.
 
     Args:
       config: the settings.
@@ -135,7 +137,8 @@ def optimizer(
     """
     falls = {round(epoch * steps_per_epoch): config.decay for epoch in config.milestone_epochs()}
     schedule = optax.piecewise_constant_schedule(config.learning_rate, falls)
-    parts = [optax.add_decayed_weights(config.weight_decay), optax.sgd(schedule, momentum=config.momentum)]
+    step = optax.adam(schedule, b1=config.momentum) if config.adam else optax.sgd(schedule, momentum=config.momentum)
+    parts = [optax.add_decayed_weights(config.weight_decay), step]
     if transform is not None:
         parts.insert(0, transform)
     if config.sam:
@@ -200,7 +203,7 @@ def settings(config: TrainConfig) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(config).items() if name in names}
 
 
-_LATER = ("sam", "noise_stability")  # settings that came after the first nets were kept
+_LATER = ("sam", "noise_stability", "adam")  # settings that came after the first nets were kept
 
 
 def written(

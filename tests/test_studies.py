@@ -167,6 +167,14 @@ def test_heterogeneity_of_made_spectra():
     assert transformer.heterogeneity(halves)[0] == pytest.approx(expected, abs=1e-3)
 
 
+def test_decades_between_made_spectra():
+    """A spectrum ten times as large is one decade away, and zeros do not count, however many."""
+    assert transformer.between(points(1, 10, -100))[0] == pytest.approx(4 / 3)
+    many = {"a": jh.Spectrum([0.0, 1.0], [0.9, 0.1], 10), "b": jh.Spectrum([0.0, 2.0, 0.2], [0.4, 0.1, 0.5], 10)}
+    # Of b, 0.2 of the size lies at 2 and 0.1 at 0.2: shares of two thirds and one third.
+    assert transformer.between(many)[0] == pytest.approx((2 * np.log10(2) + np.log10(5)) / 3)
+
+
 def test_decades_of_the_trace_per_parameter():
     table = {str(i): {"trace": -5 * 10.0**i, "parameters": 5} for i in range(3)} | {"total": {}}
     assert transformer.decades(table) == pytest.approx(1)

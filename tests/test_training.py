@@ -339,6 +339,20 @@ def test_the_noise_has_a_key_of_its_own_and_goes_with_a_penalty(made):
     assert np.isfinite(found.history["penalty"]).all() and found.history["skipped"][-1] == 0
 
 
+def test_adam_takes_the_place_of_sgd():
+    params, grads = {"w": jnp.array([1.0, -2.0])}, {"w": jnp.array([0.5, 3.0])}
+    config = recipe.TrainConfig(
+        learning_rate=0.1, momentum=0.5, weight_decay=0.1, milestones=(1,), decay=0.5, adam=True
+    )
+    tx, twin = recipe.optimizer(config, 1), optax.adam(optax.piecewise_constant_schedule(0.1, {1: 0.5}), b1=0.5)
+    state, other = tx.init(params), twin.init(params)
+    for _ in range(3):
+        found, state = tx.update(grads, state, params)
+        expected, other = twin.update(jax.tree.map(lambda g, p: g + 0.1 * p, grads, params), other, params)
+        np.testing.assert_allclose(found["w"], expected["w"], rtol=1e-6)
+    assert "adam" not in recipe.settings(SHORT) and recipe.settings(config)["adam"]
+
+
 def test_nets_kept_before_noise_stability_are_still_found(made, tmp_path):
     assert "noise_stability" not in recipe.settings(SHORT)
     settings = [dataclasses.replace(SHORT, noise_stability=sigma) for sigma in (0.0, 0.1, 0.2)]

@@ -9,7 +9,9 @@ blocks are the parts of each transformer block (query, key, value, the attention
 norms), the embeddings and the head; those of the other net are its layers. A large net is measured by fewer blocks:
 each part over the whole net (``by=kinds``), or the transformer blocks as they are (``by=blocks``). How unlike the
 spectra are is the mean over all pairs of their Jensen-Shannon divergence, in shares of its largest value ln 2: as they
-are, and divided by their largest eigenvalue. The nets are measured before training and after it.
+are, and divided by their largest eigenvalue. Since nearly all eigenvalues are close to zero, which makes all spectra
+alike, it is also shown how far apart the sizes of those eigenvalues are that make the curvature (`between`). The nets
+are measured before training and after it.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import optax
+import scipy.stats
 
 import jaxhess as jh
 from experiments import data, figures, measure, models, nulls, plot, report, statistics, store, train
@@ -48,6 +51,7 @@ WHEN = {"start": "before training", "end": "after training"}
 MEASURES = {
     "as it is": "JS of the spectra as they are",
     "/lmax": "JS of the spectra divided by their largest eigenvalue",
+    "between": "decades between the eigenvalues that make the curvature",
     "decades": "decades of trace per parameter (standard deviation over blocks)",
 }
 
@@ -208,6 +212,27 @@ def heterogeneity(spectra: Mapping[str, jh.Spectrum], *, scaled: bool = False) -
     return float(table[np.triu_indices(len(parts), 1)].mean()), table
 
 
+def between(spectra: Mapping[str, jh.Spectrum]) -> tuple[float, np.ndarray]:
+    """How far apart the sizes of those eigenvalues are that make the curvature, in decades: mean over pairs, all pairs.
+
+    The Wasserstein distance of log10 |lambda|, in which an eigenvalue counts by its size, so that zeros do not count.
+    A spectrum that is ten times as large is one decade away.
+
+    Args:
+      spectra: as for `heterogeneity`.
+
+    Returns:
+      (the mean over pairs, (blocks, blocks)).
+    """
+    parts = [(np.abs(s.nodes), s.weights) for name, s in spectra.items() if name != "total"]
+    sizes = [(np.log10(size[size > 0]), (size * weights)[size > 0]) for size, weights in parts]
+    table = np.zeros((len(parts), len(parts)))
+    for i, j in itertools.combinations(range(len(parts)), 2):
+        (one, its), (other, theirs) = sizes[i], sizes[j]
+        table[i, j] = table[j, i] = scipy.stats.wasserstein_distance(one, other, its, theirs)
+    return float(table[np.triu_indices(len(parts), 1)].mean()), table
+
+
 def decades(table: Mapping[str, Mapping[str, float]]) -> float:
     """The standard deviation over blocks of log10 of the trace per parameter; of its absolute value."""
     rates = [abs(row["trace"]) / row["parameters"] for name, row in table.items() if name != "total"]
@@ -219,6 +244,7 @@ def unlike(table: Mapping[str, Mapping[str, float]], spectra: Mapping[str, jh.Sp
     return {
         "as it is": heterogeneity(spectra)[0],
         "/lmax": heterogeneity(spectra, scaled=True)[0],
+        "between": between(spectra)[0],
         "decades": decades(table),
     }
 
@@ -270,7 +296,7 @@ def draw(config: Config, out_dir: pathlib.Path) -> None:
             bare[name, when] = [
                 unlike(table, _without_norms(spec)) for table, spec in zip(tables, spectra, strict=True)
             ]
-            maps[name, when] = np.mean([heterogeneity(one)[1] for one in spectra], 0)
+            maps[name, when] = np.mean([between(one)[1] for one in spectra], 0)
             print(f"\n{plot.label(name)}, {words}")
             report.print_columns(rows(tables))
         print()
@@ -278,7 +304,7 @@ def draw(config: Config, out_dir: pathlib.Path) -> None:
         every = [found[name, when] for name in numbers]
         lines = [[f"how unlike the blocks are, {words}", *map(plot.label, numbers)]]
         lines += [[words, *(report.spread(one[key], ".3f") for one in every)] for key, words in MEASURES.items()]
-        for key in ("as it is", "/lmax"):
+        for key in ("as it is", "/lmax", "between"):
             cells = [report.spread([one[key] for one in bare[name, when]], ".4f") for name in numbers]
             lines.append([f"{MEASURES[key]}, without norms", *cells])
         report.print_columns(lines)
