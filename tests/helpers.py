@@ -141,7 +141,7 @@ def gpt(params, batch):
 
 @functools.cache
 def trained_gpt(sequences=4) -> Problem:
-    """The net of tests/data/gpt.npz at some of the sequences there; `make_gpt.py` beside it tells how it was trained."""
+    """The net of tests/data/gpt.npz at some of its sequences; `make_gpt.py` beside it says how it was trained."""
     with np.load(pathlib.Path(__file__).parent / "data" / "gpt.npz") as kept:
         params: dict = {}
         for name in (name for name in kept.files if name.startswith("params/")):

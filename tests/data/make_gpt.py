@@ -3,8 +3,8 @@
     python tests/data/make_gpt.py DIR
 
 DIR holds tinyshakespeare.txt, as for the experiments. The net is the experiments' `gpt` at half its width. After 8
-epochs, which take some minutes on two CPU cores, its loss is 1.70 nats per character on the training text and 1.85 on the rest; the
-entropy of single characters is 3.31. The file holds the exact losses.
+epochs, which take some minutes on two CPU cores, its loss is 1.70 nats per character on the training text and 1.85 on
+the rest; the entropy of single characters is 3.31. The file holds the exact losses.
 """
 
 import pathlib
