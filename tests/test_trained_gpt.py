@@ -2,6 +2,7 @@
 
 import functools
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,6 @@ import pytest
 from flax.traverse_util import flatten_dict
 from jax.flatten_util import ravel_pytree
 
-import helpers
 import jaxhess as jh
 from experiments import models
 
