@@ -552,7 +552,7 @@ def rounded(
             true = np.concatenate([one["true"] for one in records])
             guess = np.concatenate([one["scores"][name] for one in records])
             both = (true > 0) & (guess > 0)
-            ends += [true[both].min(), true[both].max()]
+            ends += [true[both].min(), true[both].max(), guess[both].min(), guess[both].max()]
             left.plot(guess[both], true[both], MARKERS[i], color=COLORS[i], markersize=3, label=scores[name])
         left.plot(*[(min(ends), max(ends))] * 2, color="0.6", linewidth=0.8, zorder=0)
         left.set(xscale="log", yscale="log", xlabel="predicted increase of the loss")
@@ -569,7 +569,8 @@ def rounded(
         for axis in (left, right):
             _tidy(axis)
             axis.xaxis.label.set_size(8)
-            axis.legend(fontsize=6, frameon=False, loc="upper left")
+        left.legend(fontsize=6, frameon=False, loc="upper left")
+        right.legend(fontsize=6, frameon=False, loc="lower right")
     return figure
 
 

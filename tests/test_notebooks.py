@@ -131,7 +131,7 @@ SHORT = {
     "tour": {"epochs=8": "epochs=1", "measure_batch(digits, 10,": "measure_batch(digits, 2,"},
     "htr_in_your_loop": {"epochs=60": "epochs=5", "range(8)": "range(2)", "1e-3, 3e-3, 1e-2, 3e-2": "1e-2,"},
     "paper": {},
-    "transformer": {"range(1000)": "range(20)", "num_steps=24, num_probes=16": "num_steps=4, num_probes=4"},
+    "transformer": {"range(800)": "range(20)", "num_steps=24, num_probes=16": "num_steps=4, num_probes=4"},
 }
 PRINTED = {
     "tour": ["test accuracy "],
