@@ -2,7 +2,7 @@
 
     python -m experiments.run quantise model=gpt dataset=shakespeare
 
-About 5 minutes on two CPU cores. The weights of each layer, without biases and norms, are rounded to the nearest of
+About half an hour while other programs run. The weights of each layer, without biases and norms, are rounded to the nearest of
 2^bits - 1 evenly spaced values. Scores of how much this raises the loss are compared with the true increase: the trace
 of G_l; the trace per parameter times the squared norm of the change dW (as in HAWQ-V2, Dong et al. 2020, arXiv
 1911.03852); the quadratic form dW' G dW / 2; the same with the gradient, g' dW, and with the Hessian in place of G. For
