@@ -72,6 +72,7 @@ def record(noise):
         "true": true,
         "held_out": true[::-1],
         "scores": scores,
+        "forms": {"ggn": [[2.0, 0.5], [0.5, 3.0]]},
         "sets": dict.fromkeys((*quantise.ORDERS, "true"), order),
     }
 
@@ -84,6 +85,7 @@ def test_agreement_and_errors_of_made_numbers():
     assert quantise.agreement(made, "held_out")["ggn"][0] == pytest.approx(-1)
     assert quantise.set_errors(made, "joint") == pytest.approx(0.1)
     assert quantise.set_errors(made, "sum") == pytest.approx(np.median([0.5, 2 / 3, 0.75]))
+    assert quantise.interactions(made) == pytest.approx(1 / 5)
     assert quantise.half(made, "trace") == 4 and quantise.half(made, "trace", "held_out") == 5
 
 

@@ -2,11 +2,11 @@
 
     python -m experiments.run quantise model=gpt dataset=shakespeare
 
-About half an hour while other programs run. The weights of each layer, without biases and norms, are rounded to the nearest of
-2^bits - 1 evenly spaced values. Scores of how much this raises the loss are compared with the true increase: the trace
-of G_l; the trace per parameter times the squared norm of the change dW (as in HAWQ-V2, Dong et al. 2020, arXiv
-1911.03852); the quadratic form dW' G dW / 2; the same with the gradient, g' dW, and with the Hessian in place of G. For
-several layers at once the quadratic form is the sum of the layers' own, or has the interactions dW_l' G dW_k too.
+About half an hour while other programs run. The weights of each layer, without biases and norms, are rounded to the
+nearest of 2^bits - 1 evenly spaced values. Scores of how much this raises the loss are compared with the true increase:
+the trace of G_l; the trace per parameter times the squared norm of the change dW (as in HAWQ-V2, Dong et al. 2020,
+arXiv 1911.03852); the quadratic form dW' G dW / 2; the same with the gradient, g' dW, and with the Hessian in place of
+G. For several layers at once the quadratic form is the sum of the layers' own, or has the interactions dW_l' G dW_k.
 """
 
 from __future__ import annotations
@@ -257,6 +257,12 @@ def set_errors(record: Mapping[str, Any], way: str) -> float:
     return float(np.median(found))
 
 
+def interactions(record: Mapping[str, Any]) -> float:
+    """The sum of dW_l' G dW_k over all pairs of layers, in shares of that over single layers."""
+    form = np.array(record["forms"]["ggn"])
+    return float(form.sum() / np.trace(form) - 1)
+
+
 def half(record: Mapping[str, Any], order: str, where: str = "true") -> float:
     """The true increase with the first half of the layers of an order rounded."""
     values = record["sets"][order][where]
@@ -305,6 +311,8 @@ def _set_rows(bits, records):
     for way, words in SETS.items():
         error = report.percent([set_errors(record, way) for record in records], ".0f")
         lines.append([f"median error for sets, {words}", f"{error} %", ""])
+    share = report.percent([interactions(record) for record in records], ".1f")
+    lines.append(["all layers: interactions / own terms", f"{share} %", ""])
     return lines
 
 
