@@ -531,6 +531,52 @@ def thresholds(
     return figure
 
 
+def rounded(
+    panels: Mapping[int, Sequence[Mapping]], scores: Mapping[str, str], orders: Mapping[str, str], title: str
+) -> Figure:
+    """One row for each number of bits: predicted against true increase of the loss, and the loss by number of layers.
+
+    Args:
+      panels: {bits: records of `experiments.studies.quantise.rounded`, one for each training}.
+      scores: {score: words}.
+      orders: {order: words}.
+      title: what was run.
+
+    Returns:
+      The figure. On the left each dot is a layer of a training; layers whose loss falls are left out. On the right the
+      mean and the range over trainings.
+    """
+    figure = Figure(figsize=(7.5, 2.9 * len(panels) + 0.4), layout="constrained")
+    figure.suptitle(title, fontsize=9)
+    grid = figure.subplots(len(panels), 2, squeeze=False)
+    for (left, right), (bits, records) in zip(grid, panels.items(), strict=True):
+        ends = []
+        for i, name in enumerate(("trace_norm", "ggn", "ggn_slope")):
+            true = np.concatenate([one["true"] for one in records])
+            guess = np.concatenate([one["scores"][name] for one in records])
+            both = (true > 0) & (guess > 0)
+            ends += [true[both].min(), true[both].max(), guess[both].min(), guess[both].max()]
+            left.plot(guess[both], true[both], MARKERS[i], color=COLORS[i], markersize=3, label=scores[name])
+        left.plot(*[(min(ends), max(ends))] * 2, color="0.6", linewidth=0.8, zorder=0)
+        left.set(xscale="log", yscale="log", xlabel="predicted increase of the loss")
+        left.set_ylabel(f"{bits} bits: true increase", **_STYLE)
+        for i, name in enumerate(("trace", "trace_norm", "ggn", "joint", "true")):
+            curves = np.array([one["sets"][name]["true"] for one in records])
+            number = np.arange(1, curves.shape[1] + 1)
+            color = "black" if name == "true" else COLORS[(3, 0, 1, 2)[i]]
+            right.plot(number, curves.mean(0), color=color, linestyle=DASHES[i % 4], linewidth=1.2, label=orders[name])
+            right.fill_between(number, curves.min(0), curves.max(0), color=color, alpha=0.12, linewidth=0)
+        right.set(xlabel="layers rounded, the least sensitive first")
+        right.set_yscale("symlog", linthresh=1e-3)
+        right.set_ylabel("increase of the loss", **_STYLE)
+        for axis in (left, right):
+            _tidy(axis)
+            axis.xaxis.label.set_size(8)
+        left.legend(fontsize=6, frameon=False, loc="upper left")
+        right.legend(fontsize=6, frameon=False, loc="lower right")
+    return figure
+
+
 def save(figure: Figure, path: pathlib.Path) -> None:
     """Writes a figure, whole or not at all."""
     FigureCanvasAgg(figure)

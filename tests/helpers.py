@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import pathlib
 import signal
 import subprocess
 from collections.abc import Callable
@@ -111,6 +112,43 @@ def lenet(params, batch):
     x = jax.nn.relu(affine(params["fc1"], x))
     x = jax.nn.relu(affine(params["fc2"], x))
     return affine(params["fc3"], x)
+
+
+def gpt(params, batch):
+    """The experiments' GPT with 4 heads, written out: logits (N, T, C) of characters (N, T)."""
+
+    def norm(layer, x):
+        x = x - x.mean(-1, keepdims=True)
+        x = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
+        return x * layer["scale"][None, None] + layer["bias"][None, None]
+
+    def dense(layer, x):
+        return x @ layer["kernel"] + layer["bias"][None, None]
+
+    tokens = batch["image"]
+    x = params["token"]["embedding"][tokens] + params["position"]["embedding"][None, : tokens.shape[1]]
+    earlier = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))[None, None]
+    for name in sorted(name for name in params if name.startswith("block")):
+        block, y = params[name], norm(params[name]["norm1"], x)
+        heads = (*y.shape[:2], 4, y.shape[2] // 4)
+        query, key, value = (dense(block["attn"][part], y).reshape(heads) for part in ("query", "key", "value"))
+        scores = jnp.einsum("nthf,nshf->nhts", query, key) / heads[-1] ** 0.5
+        mixed = jnp.einsum("nhts,nshf->nthf", jax.nn.softmax(jnp.where(earlier, scores, -1e30)), value)
+        x = x + dense(block["attn"]["out"], mixed.reshape(x.shape))
+        x = x + dense(block["proj"], jax.nn.gelu(dense(block["fc"], norm(block["norm2"], x))))
+    return dense(params["head"], norm(params["norm"], x))
+
+
+@functools.cache
+def trained_gpt(sequences=4) -> Problem:
+    """The net of tests/data/gpt.npz at some of its sequences; `make_gpt.py` beside it says how it was trained."""
+    with np.load(pathlib.Path(__file__).parent / "data" / "gpt.npz") as kept:
+        params: dict = {}
+        for name in (name for name in kept.files if name.startswith("params/")):
+            *path, leaf = name.split("/")[1:]
+            functools.reduce(lambda tree, key: tree.setdefault(key, {}), path, params)[leaf] = kept[name]
+        batch = {name: kept[name][:sequences].astype(np.int32) for name in ("image", "label")}
+    return Problem(jh.Objective(gpt, jh.cross_entropy), params, batch)
 
 
 def softplus_sum(outputs, batch):

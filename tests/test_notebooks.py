@@ -19,7 +19,7 @@ def code(notebook):
 
 
 def test_they_are_there():
-    assert NAMES == ["htr_in_your_loop", "paper", "tour"]
+    assert NAMES == ["htr_in_your_loop", "paper", "tour", "transformer"]
     with pytest.raises(ValueError, match="unknown notebook 'x'; choose from .'htr_in_your_loop'"):
         render.read("x")
 
@@ -131,6 +131,7 @@ SHORT = {
     "tour": {"epochs=8": "epochs=1", "measure_batch(digits, 10,": "measure_batch(digits, 2,"},
     "htr_in_your_loop": {"epochs=60": "epochs=5", "range(8)": "range(2)", "1e-3, 3e-3, 1e-2, 3e-2": "1e-2,"},
     "paper": {},
+    "transformer": {"range(800)": "range(20)", "num_steps=24, num_probes=16": "num_steps=4, num_probes=4"},
 }
 PRINTED = {
     "tour": ["test accuracy "],
@@ -142,8 +143,20 @@ PRINTED = {
         "of random spectra",
         "VERDICT  H_l is about 0",
     ],
+    "transformer": [
+        "largest eigenvalue: ",
+        "as Adam sees it",
+        "of the trace: ",
+        "lies between blocks",
+        "after a penalised step",
+    ],
 }
-SHOWN = {"tour": "<th>conv1</th>", "htr_in_your_loop": "", "paper": ""}  # as HTML
+SHOWN = {
+    "tour": "<th>conv1</th>",
+    "htr_in_your_loop": "",
+    "paper": "",
+    "transformer": "<th>attention out</th>",
+}  # as HTML
 
 
 def check(monkeypatch, name, changes):
