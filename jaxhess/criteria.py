@@ -147,7 +147,7 @@ class CrossEntropy(_Labelled):
     def _by_row(self, outputs, batch):
         """The labels, and the share of each row in the mean, in at least float32."""
         labels, weights = self._checked(outputs, batch)
-        classes, dtype = outputs.shape[-1], jnp.result_type(jnp.float32, outputs.dtype)
+        classes, dtype = outputs.shape[-1], at_least_float32(*jax.tree.leaves(outputs))
         counts, known = jnp.ones(outputs.shape[:-1], dtype), jnp.asarray(True)
         if labels.ndim < len(outputs.shape):
             known = (labels >= 0) & (labels < classes)

@@ -74,9 +74,9 @@ class Logits:
 
     def check(self) -> None:
         """ValueError for arrays that do not fit each other."""
-        features, kernel, bias = (getattr(x, "shape", None) for x in (self.features, self.kernel, self.bias))
-        fits = features and kernel and len(kernel) == 2 and features[-1] == kernel[0]
-        if not fits or (self.bias is not None and bias != kernel[1:]):
+        features, kernel, bias = self.features.shape, self.kernel.shape, getattr(self.bias, "shape", None)
+        fits = len(features) > 0 and len(kernel) == 2 and features[-1] == kernel[0]
+        if not fits or bias not in (None, kernel[1:]):
             raise ValueError(
                 f"Logits take features (..., F), a kernel (F, C) and a bias (C,) or None, got the shapes {features}, "
                 f"{kernel} and {bias}; of a tied embedding (C, F), give the transpose as the kernel"
