@@ -59,7 +59,7 @@ REFERENCE = {
     ),
     "objectives": (
         "Objectives",
-        ["Objective", "cross_entropy", "CrossEntropy", "squared_error", "SquaredError", "Criterion"],
+        ["Objective", "cross_entropy", "CrossEntropy", "Logits", "squared_error", "SquaredError", "Criterion"],
     ),
     "batches": ("Batches", ["Batches"]),
     "layers": ("Layers and groups", ["layer_names", "middle_layers", "part", "subtree"]),

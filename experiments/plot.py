@@ -393,6 +393,32 @@ def precision(panels: Mapping[str, Mapping[str, Mapping[str, tuple]]], title: st
     return figure
 
 
+def against_time(panels: Mapping[str, Mapping[str, tuple]], title: str) -> Figure:
+    """One panel a quantity, one colour an estimator: error against seconds, on log scales.
+
+    Args:
+      panels: {quantity: {estimator: (seconds, seconds of first calls or None, errors)}}.
+      title: what was run.
+
+    Returns:
+      The figure: first calls, which compile, are dashed.
+    """
+    figure, axes = _panels(1, len(panels), title, height=4.4)
+    for axis, (quantity, estimators) in zip(axes, panels.items(), strict=True):
+        for i, (name, (seconds, first, errors)) in enumerate(estimators.items()):
+            style = dict(color=COLORS[i], marker=MARKERS[i], markersize=4, linewidth=1.2)
+            axis.plot(seconds, errors, label=name, **style)
+            if first:
+                words = f"{name}, first call"
+                axis.plot(first, errors, **style | dict(linestyle=DASHES[1], markersize=2.5), label=words)
+        axis.set(xscale="log", yscale="log")
+        axis.set_title(quantity, **_STYLE)
+        axis.set_xlabel("seconds for all blocks", **_STYLE)
+        axis.grid(color="0.92", linewidth=0.6)
+        axis.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    return figure
+
+
 def interactions(found: jh.Interactions, shares: Mapping[str, Sequence[float]], unit: str, title: str) -> Figure:
     """The map of layer interactions, and beside it which share of each trace the hardest examples make.
 

@@ -35,6 +35,7 @@ from typing import Any
 from experiments import aliases, interrupts, names, studies
 
 NEEDED_JAX = (0, 10)  # as setup.cfg has it
+BENCHES = {"bench": "study", "accuracy": "accuracy", "blocks": "blocks"}  # {experiment: module}
 PROGRAM = "python -m experiments.run"
 SPELLING = "Keys are typed as key=value or as --key value; several values as key=a,b or as --key a b."
 
@@ -71,7 +72,7 @@ def experiments() -> dict[str, str]:
 def _modules():
     """{experiment: its module, for an alias that of the experiment which it stands for}."""
     found = {module.name: f"{studies.__name__}.{module.name}" for module in pkgutil.iter_modules(studies.__path__)}
-    found |= {"bench": "experiments.bench.study", "accuracy": "experiments.bench.accuracy"}
+    found |= {name: f"experiments.bench.{module}" for name, module in BENCHES.items()}
     found |= {name: found[alias.experiment] for name, alias in aliases.ALIASES.items()}
     return dict(sorted(found.items()))
 

@@ -2,7 +2,8 @@
 
 Start here: `summarize` measures every layer and the whole net, and prints as a table.
 
-- Problem: `Objective`, `Criterion`, `CrossEntropy`, `cross_entropy`, `SquaredError`, `squared_error`, `Batches`
+- Problem: `Objective`, `Criterion`, `CrossEntropy`, `cross_entropy`, `SquaredError`, `squared_error`, `Logits`,
+  `Batches`
 - Layers and groups: `layer_names`, `middle_layers`, `part`, `subtree`
 - Products: `hessian`, `ggn`, `functional_hessian`, `linearize`, `aslinearoperator`, `precondition`,
   `preconditioner`
@@ -42,6 +43,7 @@ from jaxhess.interactions import Interactions as Interactions
 from jaxhess.interactions import layer_interactions as layer_interactions
 from jaxhess.layers import layer_names as layer_names
 from jaxhess.layers import middle_layers as middle_layers
+from jaxhess.logits import Logits as Logits
 from jaxhess.objective import Criterion as Criterion
 from jaxhess.objective import Objective as Objective
 from jaxhess.operators import aslinearoperator as aslinearoperator

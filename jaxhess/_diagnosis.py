@@ -14,6 +14,7 @@ from jaxhess._products import At
 from jaxhess._trees import full_precision
 from jaxhess.batches import Batches
 from jaxhess.layers import layer_names
+from jaxhess.logits import Logits
 from jaxhess.objective import Objective, as_criterion
 from jaxhess.selections import find_layers, whole_net
 
@@ -31,7 +32,8 @@ def why_not_finite(kind: str, loss: Callable, params: PyTree, batch: PyTree) -> 
 
 def _fault(kind, loss, params, batch):
     if isinstance(loss, Objective):
-        rows = ~jnp.isfinite(jax.jit(loss.predict)(params, batch)).all(-1)
+        outputs = jax.jit(loss.predict)(params, batch)
+        rows = ~jnp.isfinite(outputs.features if isinstance(outputs, Logits) else outputs).all(-1)
         if rows.any():
             return f"the outputs of predict are not finite in {int(rows.sum())} of {rows.size} rows{_of_batch(batch)}"
     value, slope = jax.jit(jax.value_and_grad(loss))(params, batch)
@@ -58,4 +60,4 @@ def _product_of_ones(kind, loss, layer, params, batch):
         ones = layer.put(jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.ones_like, point))
         return layer.take(At(kind, loss, whole_net(params))(params, batch, ones))
     outputs, pull = jax.vjp(lambda part: loss.predict(layer.put(params, part), batch), point)
-    return pull(as_criterion(loss.criterion).hessian_product(outputs, batch, jnp.ones_like(outputs)))
+    return pull(as_criterion(loss.criterion).hessian_product(outputs, batch, jax.tree.map(jnp.ones_like, outputs)))

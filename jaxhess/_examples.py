@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxhess._trees import full_precision
+from jaxhess.logits import Logits
 from jaxhess.objective import Objective
 
 PyTree = Any
@@ -21,7 +22,7 @@ def independent_examples(loss: Objective, params: PyTree, batch: PyTree, outputs
 
     They are if each taken alone has the outputs that it has in the batch, and the same slopes.
     """
-    if outputs.ndim < 2:
+    if outputs.ndim < 2 or isinstance(outputs, Logits):
         return None
     of_examples = _of_examples(loss, params, batch, outputs)
     if of_examples is None:

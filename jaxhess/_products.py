@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxhess._checks import standard_promotion
+from jaxhess.logits import Logits
 from jaxhess.objective import as_criterion
 from jaxhess.selections import Layer
 
@@ -35,6 +36,9 @@ def _ggn_product(derivative, objective, fill, point, batch, v):
 
 def _functional_product(derivative, objective, fill, point, batch, v):
     outputs = objective.predict(fill(point), batch)
+    if isinstance(outputs, Logits):  # the slope of the logits would be as large as they are
+        both = (form(derivative, objective, fill, point, batch, v) for form in (_hessian_product, _ggn_product))
+        return jax.tree.map(jnp.subtract, *both)
     slope = jax.grad(objective.criterion)(outputs, batch)
     return _hessian_product(derivative, lambda p, b: jnp.sum(slope * objective.predict(p, b)), fill, point, batch, v)
 

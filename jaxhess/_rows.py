@@ -16,6 +16,7 @@ from jaxhess._diagnosis import why_not_finite
 from jaxhess._examples import one_example
 from jaxhess._programs import rounding_of
 from jaxhess._trees import automatic, full_precision, jitter, own_eps
+from jaxhess.logits import Logits
 from jaxhess.objective import Objective, factored
 from jaxhess.problem import Problem, outputs_of
 from jaxhess.selections import Layer
@@ -27,6 +28,11 @@ _TRIED = 2  # perturbed parameters at which the rounding of rows is seen
 def known_outputs(problem: Problem) -> jax.Array:
     """The outputs of the first batch; TypeError under ``jit``."""
     instead = "call it outside; ggn and layer_traces run inside too"
+    if isinstance(problem.outputs, Logits):
+        raise ValueError(
+            "rows of G and probabilities are taken from an array of outputs, and predict returns Logits, which are "
+            "never formed; take traces and spectra by products, or let predict return features @ kernel + bias"
+        )
     check_known("the Gram matrix is put together", instead, problem.outputs)
     return problem.outputs
 

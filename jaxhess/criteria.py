@@ -13,6 +13,7 @@ import numpy as np
 import jaxhess._softmax as softmax
 from jaxhess._checks import at_least_float32, described, is_traced
 from jaxhess._slips import likely_labels
+from jaxhess.logits import Logits, pulled_back, total
 from jaxhess.objective import Criterion
 
 PyTree = Any
@@ -102,57 +103,78 @@ class CrossEntropy(_Labelled):
         """Whether the mean is weighted; `Batches` then needs the sum of the weights."""
         return self.weights is not None or self.class_weights is not None
 
-    def __call__(self, outputs: jax.Array, batch: PyTree) -> jax.Array:
+    def __call__(self, outputs: jax.Array | Logits, batch: PyTree) -> jax.Array:
         """The mean cross-entropy, a scalar."""
-        z, t, shares = self._parts(outputs, batch)
-        return (softmax.losses(self.z_loss, z, t) * shares).sum()
+        rows = self._by_row(outputs, batch)
+        return total(self._sum, outputs, *rows) if isinstance(outputs, Logits) else self._sum(outputs, *rows)
 
-    def hessian_product(self, outputs: jax.Array, batch: PyTree, tangent: jax.Array) -> jax.Array:
-        """S t, where S includes the 1/N of the mean; ``tangent`` is like ``outputs``."""
-        z, t, shares = self._parts(outputs, batch)
-        product = softmax.hessian_product(self.z_loss, z, t, tangent.astype(z.dtype))
-        return (product * shares[..., None] / self.temperature**2).astype(outputs.dtype)
+    def hessian_product(self, outputs: Any, batch: PyTree, tangent: Any) -> Any:
+        """S t, where S includes the 1/N of the mean; ``tangent`` is like ``outputs``.
+
+        Of `Logits` it is J' S J t, where J is the Jacobian of the logits in features, kernel and bias.
+        """
+        rows = self._by_row(outputs, batch)
+        if isinstance(outputs, Logits):
+            return pulled_back(self._products, outputs, tangent, *rows)
+        return self._products(outputs, tangent, *rows)
 
     def factor_product(self, outputs: jax.Array, batch: PyTree, noise: jax.Array) -> jax.Array:
         """B e with B B' = S, where S includes the 1/N of the mean; ``noise`` is like ``outputs``."""
-        z, t, shares = self._parts(outputs, batch)
+        labels, shares = self._by_row(outputs, batch)
+        z, t = self._scaled(outputs, labels)
         product = softmax.factor_product(self.z_loss, z, t, noise.astype(z.dtype))
         return (product * jnp.sqrt(shares)[..., None] / self.temperature).astype(outputs.dtype)
 
-    def _parts(self, outputs, batch):
-        """Logits and targets (..., C), and the share of each row in the mean, in at least float32."""
-        labels, weights = self._checked(outputs, batch)
+    def _sum(self, outputs, labels, shares):
+        return (softmax.losses(self.z_loss, *self._scaled(outputs, labels)) * shares).sum()
+
+    def _products(self, outputs, tangent, labels, shares):
+        z, t = self._scaled(outputs, labels)
+        product = softmax.hessian_product(self.z_loss, z, t, tangent.astype(z.dtype))
+        return (product * shares[..., None] / self.temperature**2).astype(outputs.dtype)
+
+    def _scaled(self, outputs, labels):
+        """Logits and targets (..., C), in at least float32."""
         classes, dtype = outputs.shape[-1], at_least_float32(outputs)
-        z, counts = outputs.astype(dtype) / self.temperature, jnp.ones(outputs.shape[:-1], dtype)
-        by_class = jnp.ones(classes, dtype) if self.class_weights is None else jnp.asarray(self.class_weights, dtype)
-        if labels.ndim == outputs.ndim:
-            t, known = labels.astype(dtype), True
-        else:
-            inside, known = jnp.clip(labels, 0, classes - 1), (labels >= 0) & (labels < classes)
-            t = jax.nn.one_hot(inside, classes, dtype=dtype)
-            if self.class_weights is not None:
-                counts = by_class[inside]
+        soft = labels.ndim == outputs.ndim
+        t = labels.astype(dtype) if soft else jax.nn.one_hot(jnp.clip(labels, 0, classes - 1), classes, dtype=dtype)
         if self.smoothing:
             t = (1 - self.smoothing) * t + self.smoothing / classes
         if self.class_weights is not None:
-            t = t * by_class.reshape((1,) * (t.ndim - 1) + (-1,))
+            t = t * jnp.asarray(self.class_weights, dtype).reshape((1,) * (t.ndim - 1) + (-1,))
+        return outputs.astype(dtype) / self.temperature, t
+
+    def _by_row(self, outputs, batch):
+        """The labels, and the share of each row in the mean, in at least float32."""
+        labels, weights = self._checked(outputs, batch)
+        classes, dtype = outputs.shape[-1], at_least_float32(*jax.tree.leaves(outputs))
+        counts, known = jnp.ones(outputs.shape[:-1], dtype), jnp.asarray(True)
+        if labels.ndim < len(outputs.shape):
+            known = (labels >= 0) & (labels < classes)
+            if self.class_weights is not None:
+                counts = jnp.asarray(self.class_weights, dtype)[jnp.clip(labels, 0, classes - 1)]
         if weights is None:
             weights = jnp.ones(outputs.shape[:-1], dtype)
         else:
             weights = weights.astype(dtype)
             known |= weights == 0
         # NaN for a label out of range: as a factor it reaches every derivative.
-        return z, t, jnp.where(known, weights, jnp.nan) / jnp.where(weights == 0, 0, weights * counts).sum()
+        shares = jnp.where(known, weights, jnp.nan) / jnp.where(weights == 0, 0, weights * counts).sum()
+        return labels, shares
 
     def _checked(self, outputs, batch):
         """Labels and weights (None without weights), whose shapes fit the outputs."""
         labels, shape = self._read(batch), outputs.shape[:-1]
+        if isinstance(outputs, Logits):
+            outputs.check()
         if self.class_weights is not None and len(self.class_weights) != outputs.shape[-1]:
             raise ValueError(
                 f"{len(self.class_weights)} class_weights do not fit outputs of shape {outputs.shape}: one weight for "
                 f"each of the {outputs.shape[-1]} classes is needed"
             )
         if jnp.issubdtype(labels.dtype, jnp.floating):
+            if isinstance(outputs, Logits):
+                raise TypeError("soft labels take as much memory as formed logits; return these, not Logits, for them")
             if labels.shape != outputs.shape:
                 raise TypeError(
                     f"cross-entropy takes integer labels, got {labels.dtype} of shape {labels.shape}; give class "

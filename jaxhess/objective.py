@@ -17,6 +17,7 @@ from jaxhess import _factor
 from jaxhess._checks import at_least_float32, is_traced
 from jaxhess._programs import check_forward_mode
 from jaxhess._trees import full_precision
+from jaxhess.logits import Logits
 
 PyTree = Any
 
@@ -29,7 +30,7 @@ class Objective:
 
     Args:
       predict: ``predict(params, batch) -> outputs``, a floating-point array of shape (..., C), with one row for
-        each example (or for each position of a sequence).
+        each example (or for each position of a sequence); or `Logits`.
       criterion: ``criterion(outputs, batch) -> scalar``, a mean over the examples. `cross_entropy` and
         `squared_error` have closed forms; any other function that JAX can differentiate twice works too.
 
@@ -154,12 +155,15 @@ def factored(criterion: Callable, outputs: jax.Array, batch: PyTree, *, max_clas
     """A criterion with a factor: itself, or `Factored` with the form that S has at these outputs.
 
     S is examined through products with it alone. The result is None if S is neither diagonal nor that of a softmax and
-    has more than ``max_classes`` columns, whose blocks would cost too much; products with S always work.
+    has more than ``max_classes`` columns, whose blocks would cost too much, and of `Logits`, which are never formed;
+    products with S always work.
 
     Raises:
       NoFactorError: if S couples the rows, or is not positive semi-definite; neither is checked under ``jit``.
     """
     known = as_criterion(criterion)
+    if isinstance(outputs, Logits):
+        return None
     if known.knows_factor:
         return known
     instead = "It is in the criterion: give cross_entropy or squared_error, which have closed forms, or one without it"

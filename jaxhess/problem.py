@@ -19,7 +19,9 @@ from jaxhess._programs import ends_in_softmax, rounding_of
 from jaxhess._slips import check_batch, check_parameters, hints
 from jaxhess._trees import automatic, full_precision, leaves_finite
 from jaxhess.batches import Batches, first_batch, leading_axis
+from jaxhess.criteria import CrossEntropy
 from jaxhess.layers import Modules, modules_of, ordered_names
+from jaxhess.logits import Logits
 from jaxhess.objective import Objective, as_criterion
 from jaxhess.selections import Layer, Selection, Selections, check_selections, find_layer, select, whole_net
 
@@ -107,7 +109,7 @@ class Problem:
     def of_examples(self) -> tuple[bool, ...] | None:
         """Which arrays of the first batch hold an entry for each example; None where examples are not independent."""
         params, batch = jax.tree.map(automatic, (self.params, self.first))
-        return independent_examples(self.loss, params, batch, automatic(self.outputs))
+        return independent_examples(self.loss, params, batch, jax.tree.map(automatic, self.outputs))
 
     def mean(self, function: Callable, args: Callable[[int | None], tuple]) -> PyTree:
         """The mean of ``function(params, batch, *args(number))`` over all examples; number is None for one batch."""
@@ -251,6 +253,11 @@ def check_values(loss, params, batch):
     if not (hasattr(outputs, "shape") and outputs.ndim and jnp.issubdtype(outputs.dtype, jnp.floating)):
         raise TypeError(f"predict must return one floating-point array of shape (..., C), got {outputs}")
     criterion = as_criterion(loss.criterion)
+    if isinstance(outputs, Logits) and not isinstance(criterion, CrossEntropy):
+        raise TypeError(
+            f"predict returns Logits, which CrossEntropy alone takes in blocks, got {loss.criterion!r}; return "
+            f"features @ kernel + bias for other criteria"
+        )
     if criterion.takes_logits and ends_in_softmax(loss.predict, params, batch):
         raise ValueError(
             "predict ends in a softmax, but cross_entropy takes logits and applies the softmax itself; return "

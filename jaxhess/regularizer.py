@@ -18,6 +18,7 @@ from jaxhess._cover import repeated
 from jaxhess._programs import check_forward_mode, equations, program, used_inputs
 from jaxhess._trees import UNROLLED, full_precision, inner, random_like, sampler
 from jaxhess.batches import Batches
+from jaxhess.logits import Logits
 from jaxhess.objective import as_criterion
 from jaxhess.problem import pose
 from jaxhess.selections import Piece, check_selections, name_of, select
@@ -277,6 +278,8 @@ def _ggn_form(spec, params, batch, key):
         return jax.vjp(predict, p)[1](cotangent)[0]
 
     outputs = predict(params)
+    if isinstance(outputs, Logits):
+        return _ggn_form_without_factor(spec, params, batch, key)
     noise = spec.distribution(key, outputs.shape, outputs.dtype)
     u, pull_noisy = jax.vjp(noisy, outputs)
     g = transposed(params, u)
@@ -294,7 +297,7 @@ def _ggn_form_without_factor(spec, params, batch, key):
 
     def form(p):
         outputs, tangent = jax.jvp(lambda q: spec.loss.predict(q, batch), (p,), (v,))
-        return jnp.vdot(tangent, as_criterion(spec.loss.criterion).hessian_product(outputs, batch, tangent))
+        return inner(tangent, as_criterion(spec.loss.criterion).hessian_product(outputs, batch, tangent))
 
     return jax.value_and_grad(form)(params)
 

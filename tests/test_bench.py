@@ -63,7 +63,7 @@ def test_ratios_are_within_rounds_and_by_probe():
 
 def test_peers_that_do_not_start_are_named():
     with pytest.raises(ValueError, match="ended with status 1"):
-        peers.Peers("/bin/false", "lenet", 1, 1)
+        peers.Peers("/bin/false", "experiments.bench.torch_work", "lenet", "1", "1")
 
 
 def test_peak_memory():

@@ -25,7 +25,7 @@ ALLOWED = {"jax", "numpy", "scipy", "optax"}
 # Each floor may import those above it only.
 FLOORS = [
     {"_checks", "_cover", "_indices", "_order", "_programs", "_slips", "_softmax", "_versions", "_weights"},
-    {"_factor", "_trees", "batches", "spectra"},
+    {"_factor", "_trees", "batches", "logits", "spectra"},
     {"_linear", "_subspace", "_xtrace", "estimates", "layers", "objective"},
     {"_examples", "_lanczos", "criteria", "preconditioning", "selections"},
     {"_allocation", "_noise", "_products", "diagonals"},

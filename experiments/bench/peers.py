@@ -17,18 +17,18 @@ PENALTY = "torch: HTR gradient by double backward, 1 probe"
 
 
 class Peers:
-    """The other process: ``names``, and the time and the memory of each by a line to it and a line back."""
+    """The other process: the ``names`` of its rows, and what is asked of it by a line to it and a line back."""
 
-    def __init__(self, python: str, model: str, batch_size: int, num_steps: int):
-        """Starts it with the interpreter of its environment; ValueError where it does not start."""
-        words = [python, "-m", "experiments.bench.torch_work", model, str(batch_size), str(num_steps)]
+    def __init__(self, python: str, module: str, *words: str):
+        """Starts a module with the interpreter of its environment; ValueError where it does not start."""
+        words = [python, "-m", module, *words]
         self._process = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent.parent
         )
         self.names: list[str] = self._read()
 
     def ask(self, what: str, name: str) -> Any:
-        """The "time" of a row in seconds, or its "memory" as [MiB, seconds]."""
+        """The answer to "WHAT NAME", such as the "time" of a row in seconds, or its "memory" as [MiB, seconds]."""
         print(what, name, file=self._process.stdin, flush=True)
         return self._read()
 

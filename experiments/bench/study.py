@@ -81,7 +81,8 @@ def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> N
         peaks = {name: partial(timed_peak, timer) for name, timer in timers.items()}
         if config.peers:
             python = config.peers_python or peers.environment(out_dir.parent / ".peers")
-            others = peers.Peers(python, config.model, config.batch_size, config.num_steps * config.lanczos)
+            words = config.model, str(config.batch_size), str(config.num_steps * config.lanczos)
+            others = peers.Peers(python, "experiments.bench.torch_work", *words)
             stack.callback(others.close)
             timers |= {name: partial(others.ask, "time", name) for name in others.names}
             peaks |= {name: partial(others.ask, "memory", name) for name in others.names}
