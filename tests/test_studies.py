@@ -182,7 +182,12 @@ def test_decades_of_the_trace_per_parameter():
 
 @pytest.mark.parametrize(
     ("shifts", "words"),
-    [((5, 5, 5, 5), "holds"), ((-5, -5, -5, -5), "does not hold"), ((5, 0, -5, 0), "holds in part"), ((0, 0, 0, 0), "not decided")],
+    [
+        ((5, 5, 5, 5), "holds"),
+        ((-5, -5, -5, -5), "does not hold"),
+        ((5, 0, -5, 0), "holds in part"),
+        ((0, 0, 0, 0), "not decided"),
+    ],
 )
 def test_verdicts_on_heterogeneity(shifts, words):
     others = {name: [1.0, 1.1, 0.9] for name in transformer.MEASURES}
