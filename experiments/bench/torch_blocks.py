@@ -139,8 +139,8 @@ def density(steps: int) -> Callable:
     """Nodes and weights by one start vector and as many steps as the budget, or, with ``steps``, by several."""
 
     def measured(stored, width, budget):
-        each = min(steps or budget, width)
-        nodes, weights = stored.density(iter=each, n_v=budget // steps if steps else 1)
+        each = min(steps or budget, budget, width)
+        nodes, weights = stored.density(iter=each, n_v=max(1, budget // steps) if steps else 1)
         weights = np.array(weights, np.float64)
         return [np.array(nodes, np.float64).ravel().tolist(), (weights / len(weights)).ravel().tolist()]
 
