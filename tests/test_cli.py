@@ -96,7 +96,7 @@ def test_kept_results_name_no_path_of_a_machine_and_fit_their_configuration(fold
 
 
 @pytest.mark.parametrize(
-    "name", ["table4-lenet-mnist", "bench-lenet", "fig4-vgg11*-cifar10", "gamma-lenet*", "outliers*"]
+    "name", ["table4-lenet-mnist", "bench-lenet", "fig4-vgg11*-cifar10", "gamma-mlp*", "outliers*"]
 )
 def test_kept_results_are_drawn_again(name, tmp_path, capsys):
     (folder,) = ROOT.glob(f"results/{name}")
