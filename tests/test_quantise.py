@@ -93,9 +93,9 @@ def test_verdicts_of_made_numbers():
     config = quantise.Config(bits=(3,))
     lines = quantise.claims(config, [{"3": record(noise)} for noise in (0.0, 0.01, 0.02)])
     holds = {line.split(": ")[1]: line.split(": ")[2].split(" (")[0] for line in lines}
-    assert holds["dW' G dW + g' dW has a smaller error than trace x |dW|^2"] == "holds"
+    assert holds["dW' G dW + g' dW has a smaller error than trace/param x |dW|^2"] == "holds"
     # The same rank correlation in all trainings: no test can tell.
-    assert holds["dW' G dW orders the layers better than trace x |dW|^2"] == "not decided"
+    assert holds["dW' G dW orders the layers better than trace/param x |dW|^2"] == "not decided"
     # The error is the larger one, once the two are exchanged.
     swapped = [record(noise) for noise in (0.0, 0.01, 0.02)]
     for one in swapped:

@@ -2,10 +2,11 @@
 
     python -m experiments.run blocks model=gpt dataset=shakespeare
 
-About 40 minutes on two CPU cores, 14 with probes=6,48 steps=8,32 repeats=3. The same trained weights and the same batch go to all, in float32. A block is a layer
-of the net. The truth are the eigenvalues of each block's dense Hessian, in float64. PyHessian and curvlinops run in a
-process of their own, in an environment that is made beside the folder of the results. All are called in turn, so that
-what slows the machine slows all of them. The first call of each, which compiles, is timed by itself.
+About 40 minutes on two CPU cores, and 14 with probes=6,48 steps=8,32 repeats=3. The same trained weights and the same
+batch go to all, in float32. A block is a layer of the net. The truth is the set of eigenvalues of each block's dense
+Hessian, in float64. PyHessian and curvlinops run in a process of their own, in an environment that is made beside the
+folder of the results. All are called in turn, so that what slows the machine slows all of them. The first call of each,
+which compiles, is timed by itself.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ PyTree = Any
 SINGLE = {  # how each score is written, of one layer
     "norm": "|dW|^2",
     "trace": "trace",
-    "trace_norm": "trace x |dW|^2",
+    "trace_norm": "trace/param x |dW|^2",
     "ggn": "dW' G dW",
     "ggn_slope": "dW' G dW + g' dW",
     "hessian_slope": "dW' Hess dW + g' dW",
@@ -326,10 +326,10 @@ def claims(config: Config, trials: Sequence[Mapping[str, Any]]) -> list[str]:
             "dW' G dW orders the layers better than the trace": [
                 [-one[name][0] for one in every] for name in ("ggn", "trace")
             ],
-            "dW' G dW orders the layers better than trace x |dW|^2": [
+            "dW' G dW orders the layers better than trace/param x |dW|^2": [
                 [-one[name][0] for one in every] for name in ("ggn", "trace_norm")
             ],
-            "dW' G dW + g' dW has a smaller error than trace x |dW|^2": [
+            "dW' G dW + g' dW has a smaller error than trace/param x |dW|^2": [
                 [one[name][1] for one in every] for name in ("ggn_slope", "trace_norm")
             ],
             "for sets, interactions lower the error": [
