@@ -235,7 +235,9 @@ def main(folder: str) -> None:
     answers, sys.stdout = sys.stdout, sys.stderr  # what the peers print is no answer
     torch.eig = eig
     warnings.filterwarnings("ignore", message=".*create_graph=True.*")
-    weights, batch = (dict(np.load(pathlib.Path(folder) / name)) for name in ("weights.npz", "batch.npz"))
+    weights, batch = (
+        dict(np.load(pathlib.Path(folder) / name, allow_pickle=False)) for name in ("weights.npz", "batch.npz")
+    )
     net = load(weights)
     data = tuple(torch.from_numpy(batch[name].astype(np.int64)) for name in ("image", "label"))
     data = data[0], data[1].flatten()
