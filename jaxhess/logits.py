@@ -24,7 +24,7 @@ class Logits:
     rows, so that a loss, its gradient and products with its curvature take the memory of a block, and not that of
     rows x C numbers. Probabilities are computed again in each pass, which takes about one more product with the kernel.
 
-    A gradient of a gradient needs a JAX later than 0.7. All products of jaxhess go forward over reverse, and work in 0.6.
+    A gradient of a gradient needs a JAX later than 0.7. The products of jaxhess go forward over reverse and need 0.6.
 
     Traces and spectra come from products. What needs the rows of G, such as exact traces of G, its Gram matrix or the
     structure of its classes, raises an error.
