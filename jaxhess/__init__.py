@@ -75,4 +75,4 @@ from jaxhess.transform import HessianTraceState as HessianTraceState
 from jaxhess.transform import add_hessian_trace as add_hessian_trace
 
 __version__ = _metadata.version("jaxhess")
-_versions.turn_off_stale_matrices()
+_versions.turn_off_faults()

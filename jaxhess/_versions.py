@@ -8,33 +8,50 @@ import importlib.metadata
 import os
 import warnings
 from collections.abc import MutableMapping
+from typing import NamedTuple
 
 import jax
 
-_FLAG = "xla_cpu_use_xnnpack"
+
+class _Fault(NamedTuple):
+    """What some versions of jaxlib compute wrongly on CPUs, and the flag without which they do.
+
+    XNNPACK packs the right matrix of a product once and knows it again by its address. Memory that is used again, as
+    that of parameters which a training step overwrites, holds other numbers: on a trained net of three dense layers,
+    traces were wrong by up to twice their value. YNNPACK fuses what surrounds batched products: of a small transformer,
+    Hessian products with four vectors under ``jit`` and ``vmap`` were wrong by a tenth. So is everything else that JAX
+    computes there.
+    """
+
+    versions: tuple[str, ...]
+    flag: str
+    value: str
+    words: str
 
 
-def turn_off_stale_matrices(
+_FAULTS = (
+    _Fault(("0.7.2", "0.8.0", "0.8.1"), "xla_cpu_use_xnnpack", "false", "multiply by what an array held before"),
+    _Fault(("0.10.2",), "xla_cpu_experimental_ynn_fusion_type", "", "compute batched products wrongly"),
+)
+
+
+def turn_off_faults(
     jaxlib: str = importlib.metadata.version("jaxlib"), environment: MutableMapping[str, str] = os.environ
 ) -> None:
-    """Turns off XNNPACK where it multiplies by numbers that an array held before, on CPUs.
-
-    These versions pack the right matrix of a product once and know it again by its address. Memory that is used again,
-    as that of parameters which a training step overwrites, holds other numbers. Without the flag, on a trained net of
-    three dense layers, traces were wrong by up to twice their value, and so was everything else that JAX computes.
-    """
+    """Turns off what is known to compute wrongly on CPUs in this version of jaxlib, or warns where it is too late."""
     flags = environment.get("XLA_FLAGS", "")
-    if jaxlib not in ("0.7.2", "0.8.0", "0.8.1") or _FLAG in flags:
+    fault = next((fault for fault in _FAULTS if jaxlib in fault.versions), None)
+    if fault is None or fault.flag in flags:
         return
     from jax._src.xla_bridge import backends_are_initialized  # private; these versions have it
 
+    switch = f"--{fault.flag}={fault.value}"
     if not backends_are_initialized():
-        environment["XLA_FLAGS"] = f"{flags} --{_FLAG}=false".strip()
+        environment["XLA_FLAGS"] = f"{flags} {switch}".strip()
     elif jax.default_backend() == "cpu":
         warnings.warn(
-            f"jaxlib {jaxlib} may multiply by numbers that an array held before, in your own programs and in those of "
-            f"jaxhess: import jaxhess before JAX computes anything, or set XLA_FLAGS=--{_FLAG}=false, or install "
-            f"another jaxlib (0.8.2 or later is right)",
+            f"jaxlib {jaxlib} may {fault.words}, in your own programs and in those of jaxhess: import jaxhess before "
+            f"JAX computes anything, or set XLA_FLAGS={switch}, or install another jaxlib",
             stacklevel=2,
         )
 

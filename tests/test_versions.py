@@ -323,11 +323,13 @@ def test_parameters_that_a_step_overwrites_are_read_anew():
         ("0.8.0", {"XLA_FLAGS": "--xla_cpu_use_xnnpack=true"}, "--xla_cpu_use_xnnpack=true"),
         ("0.7.1", {}, None),
         ("0.8.2", {"XLA_FLAGS": ""}, ""),
+        ("0.10.2", {"XLA_FLAGS": "--xla_a=1"}, "--xla_a=1 --xla_cpu_experimental_ynn_fusion_type="),
+        ("0.10.1", {}, None),
     ],
 )
-def test_a_flag_where_jaxlib_multiplies_by_what_was(jaxlib, before, after, monkeypatch):
+def test_a_flag_where_jaxlib_computes_wrongly(jaxlib, before, after, monkeypatch):
     monkeypatch.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: False)
-    _versions.turn_off_stale_matrices(jaxlib, before)
+    _versions.turn_off_faults(jaxlib, before)
     assert before.get("XLA_FLAGS") == after
 
 
@@ -338,5 +340,5 @@ def test_it_is_told_where_the_flag_comes_too_late(monkeypatch):
         with pytest.warns(
             UserWarning, match=r"jaxlib 0\.7\.2 .*import jaxhess before .*XLA_FLAGS=--xla_cpu_use_xnnpack"
         ):
-            _versions.turn_off_stale_matrices("0.7.2", environment)
+            _versions.turn_off_faults("0.7.2", environment)
     assert not environment
