@@ -342,3 +342,23 @@ def test_it_is_told_where_the_flag_comes_too_late(monkeypatch):
         ):
             _versions.turn_off_faults("0.7.2", environment)
     assert not environment
+
+
+@pytest.mark.parametrize("shape", [(32, 16), (512,)])
+def test_products_with_many_vectors_are_those_with_single_ones(shape):
+    """In jaxlib 0.10.2 they are not on a CPU, without the flag: half of the largest entry is wrong."""
+    weights, x = helpers.normal([11], 24, 20), helpers.normal([12], *shape, 24)
+    batch, vectors = {"label": helpers.labels(13, 20, *shape)}, helpers.normal([14], 20, 24, 20)
+
+    def product(v):
+        return jax.jvp(jax.grad(lambda w: jh.cross_entropy(x @ w, batch)), (weights,), (v,))[1]
+
+    single = jnp.stack([jax.jit(product)(v) for v in vectors])
+    assert helpers.distance(jax.jit(jax.vmap(product))(vectors), single) < 1e-5
+    params = {"fc": {"w": weights}}
+    objective = jh.Objective(lambda p, b: x @ p["fc"]["w"], jh.cross_entropy)
+    few, many = (
+        jh.trace(jh.hessian(objective, params, batch), like=params, key=jax.random.key(0), num_probes=32, chunk_size=c)
+        for c in (8, 32)
+    )
+    assert float(many.mean) == pytest.approx(float(few.mean), rel=1e-5)
