@@ -46,8 +46,11 @@ def columns(operator: Callable, like: PyTree) -> tuple[float, float]:
 
 
 def small_layers(problem: Problem, plan: Plan) -> list[Layer]:
-    """Those that take no more columns in all than probes are asked for; under a tolerance, than it may well take."""
-    left, found = plan.max_probes // 4 if plan.adaptive else plan.num_probes, []
+    """Those that take few columns in all beside the probes that are asked for, or that a tolerance may take.
+
+    A column takes two products, one of them for its rounding.
+    """
+    left, found = (plan.max_probes if plan.adaptive else plan.num_probes) // 4, []
     if any(automatic(x) is not x for x in jax.tree.leaves((problem.params, problem.first))):
         return []
     for layer in sorted(problem.layers, key=lambda layer: tree_size(layer.arrays(problem.params))):

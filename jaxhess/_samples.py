@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxhess._checks import standard_promotion
 from jaxhess._products import At
-from jaxhess._trees import fold_in, inner, map_rows, random_like, squared_norm
+from jaxhess._trees import fold_in, inner, map_rows, random_like, squared_norm, tree_norm
 from jaxhess.objective import Objective
 from jaxhess.selections import Layer
 
 PyTree = Any
 _GROUPS = 16  # of examples: with more of them the noise between examples is no longer felt
 _GROUP_BYTES = 2**28  # for the gradients of all groups and probes
+_RANGE = 2**10  # of the scales
 
 
 @dataclasses.dataclass(frozen=True)
 class ProductSamples:
-    """v_l . (A v)_l of a product with the whole net, for v over all layers or over one of them only."""
+    """(v / s)_l . (A (s v))_l of a product with the whole net, for v over all layers or over one of them only.
+
+    A scale s of each layer leaves the mean as it is. The blocks between layers add |s_m / s_l|^2 ||A_lm||_F^2 to the
+    variance: without scales, they are most of it where a layer has little curvature of its own.
+    """
 
     at: At
     layers: tuple[Layer, ...]
@@ -33,16 +40,28 @@ class ProductSamples:
         """The same v for every batch: it is v' A v for the mean A."""
         return keys
 
-    def __call__(self, params, batch, keys, only=None):
+    def __call__(self, params, batch, keys, scales=None, only=None):
+        scale = None if scales is None else self._spread(params, scales)
+
         def one(key):
             v = random_like(key, params, self.distribution)
+            scaled = v if scale is None else jax.tree.map(jnp.multiply, v, scale)
             if only is not None:
-                v = self._part(v, only)
-            product_v = self.at(params, batch, v)
+                scaled = self._part(scaled, only)
+            product_v = self.at(params, batch, scaled)
+            if scale is not None:
+                product_v = jax.tree.map(lambda x, s: x / jnp.where(s > 0, s, 1), product_v, scale)
             parts = [inner(layer.arrays(v), layer.arrays(product_v)) for layer in self.layers]
             return parts if self.covered else [*parts, inner(v, product_v)]
 
         return _with_total(map_rows(one, keys), self.covered)
+
+    def _spread(self, params, scales):
+        """The scale of every parameter. What no layer holds has 1 if the total needs it, and else no probe."""
+        tree = jax.tree.map(jnp.zeros_like if self.covered else jnp.ones_like, params)
+        for layer, scale in zip(self.layers, scales, strict=True):
+            tree = layer.put(tree, jax.tree.map(lambda x, s=scale: jnp.full_like(x, s), layer.take(tree)))
+        return tree
 
     def _part(self, v, only):
         """v in the layer of this index and zero elsewhere, or v for -1."""
@@ -50,6 +69,31 @@ class ProductSamples:
             kept = (only < 0) | (only == i)
             v = layer.put(v, jax.tree.map(lambda x, kept=kept: x * kept.astype(x.dtype), layer.take(v)))
         return v
+
+
+def balanced(product_v: PyTree, layers: tuple[Layer, ...]) -> np.ndarray:
+    """The scales of layers with which their relative errors are nearly as even as they can be, from one product.
+
+    The sum of squared relative errors is least for s_l = |Tr(A_l)|^(-1/2): ||A_lm||_F s_m / s_l over the trace of l is
+    then symmetric in l and m. The traces are not known yet. ||(A v)_l||^2 for a v over all layers stands for that of l:
+    it is in proportion to t_l where ||A_lm||_F^2 = t_l t_m.
+
+    Args:
+      product_v: A v of a random v over all layers.
+      layers: which of them.
+
+    Returns:
+      (layers,): powers of two, so that they round nothing, from 1 for the largest norm to `_RANGE`.
+    """
+    norms = np.asarray(_norms(product_v, layers), np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scales = np.exp2(np.round(np.log2(norms.max() / norms)))
+    return np.clip(np.nan_to_num(scales, nan=1.0), 1, _RANGE).astype(np.float32)
+
+
+@partial(jax.jit, static_argnums=1)
+def _norms(tree, layers):
+    return jnp.stack([tree_norm(layer.arrays(tree)) for layer in layers])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ import optax
 
 from jaxhess._checks import NotFiniteError, check_choice, check_count, check_key, check_like
 from jaxhess._diagnosis import why_not_finite
+from jaxhess._functional import h_product, layers_without_h
 from jaxhess._lanczos import lanczos, lanczos_beside, ritz
 from jaxhess._linear import as_linear
 from jaxhess._noise import Run, noise, ritz_run
@@ -26,7 +27,6 @@ from jaxhess.operators import block, linearize, product
 from jaxhess.problem import Problem, pose
 from jaxhess.selections import Selections
 from jaxhess.spectra import Spectrum
-from jaxhess.traces import layers_without_h
 
 PyTree = Any
 _GRAM_ROWS = 2000
@@ -332,4 +332,4 @@ def _equal_to_ggn(problem, curvature, parts, key):
     if curvature != "hessian":
         return set(parts) if curvature == "ggn" else set()
     layers = tuple(layer for _, layer in parts.values() if layer is not problem.whole)
-    return layers_without_h(problem, layers, jax.random.fold_in(key, _CHECK))
+    return layers_without_h(h_product(problem), problem, layers, jax.random.fold_in(key, _CHECK))

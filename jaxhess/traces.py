@@ -9,15 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jaxhess._allocation import share_out
 from jaxhess._checks import NotFiniteError, check_choice, check_key, check_like, is_traced
 from jaxhess._columns import columns, columns_of, small_layers
 from jaxhess._diagnosis import why_not_finite
+from jaxhess._functional import PATIENCE, h_product, layers_without_h
 from jaxhess._linear import as_linear
 from jaxhess._rows import NoGramError
-from jaxhess._samples import FactorSamples, ProductSamples, Samples
+from jaxhess._samples import FactorSamples, ProductSamples, Samples, balanced
 from jaxhess._trees import (
     automatic,
     draw_keys,
@@ -25,19 +25,19 @@ from jaxhess._trees import (
     random_like,
     random_rows,
     sampler,
-    to_host,
     tree_size,
 )
 from jaxhess._xtrace import samples as xtrace
 from jaxhess.estimates import Estimate, Plan
 from jaxhess.gram import row_traces
 from jaxhess.objective import NoFactorError, Objective, factored
-from jaxhess.operators import block, linearize, product, product_at
+from jaxhess.operators import product_at
 from jaxhess.problem import Problem, check_values, pose
-from jaxhess.selections import Layer, Selections
+from jaxhess.selections import Selections
 
 PyTree = Any
 METHODS = ("auto", "hutchinson", "split", "exact")
+_PILOT = 2**31 - 3  # folded into the key for the product by which probes are scaled
 
 
 def trace(
@@ -163,7 +163,8 @@ def layer_traces(
         and for the total. Under a tolerance, "auto" begins with 16 probes of all layers.
       curvature: "hessian", "ggn" or "functional".
       method: "hutchinson" for probes of that curvature alone. "exact": G from its rows, other curvatures column by
-        column, one product for each parameter. "split": Hess as G + H, with probes for those H_l that are not zero.
+        column, one product for each parameter. "split": Hess as G + H, with probes for those H_l that are not zero,
+        scaled layer by layer so that flat layers are not lost among steep ones.
         "auto": G exactly where an example has at most twice as many outputs as there are probes; Hess by the split
         where examples do not depend on each other; otherwise by probes. Layers of a few parameters go column by column.
         Under a tolerance, layers that would need many probes over all layers get probes of their own.
@@ -228,14 +229,14 @@ def traces_of(
     return found | columns_of(problem, curvature, [x for x in small if found[x.name].method != "exact"])
 
 
-def _to_tolerance(problem, curvature, key, plan, probe, known=None):
+def _to_tolerance(problem, curvature, key, plan, probe, known=None, scales=None):
     """By probes of all layers and of single ones, to a tolerance; of those layers whose values they add to."""
     known = known or {name: Estimate(0.0, 0.0, 0) for name in (*(layer.name for layer in problem.layers), "total")}
     layers = tuple(layer for layer in problem.layers if layer.name in known)
     samples = _samples(problem, curvature, layers, probe, "hutchinson")
 
     def draw(keys, only):
-        return problem.mean(samples, lambda number: (keys, jnp.int32(only)))
+        return problem.mean(samples, lambda number: (keys, scales, jnp.int32(only)))
 
     found = dict(zip(known, share_out(draw, key, plan, list(known.values())), strict=True))
     if bad := [name for name, e in found.items() if not np.isfinite(e.mean)]:
@@ -244,13 +245,14 @@ def _to_tolerance(problem, curvature, key, plan, probe, known=None):
     return found
 
 
-def _by_probes(problem, curvature, layers, key, plan, probe, method="hutchinson"):
+def _by_probes(problem, curvature, layers, key, plan, probe, method="hutchinson", scales=None):
     """Of some layers, and of the sum over these."""
     names = [*(layer.name for layer in layers), "total"]
     samples = _samples(problem, curvature, layers, probe, method)
+    more = () if scales is None else (scales,)
 
     def draw(keys):
-        return problem.mean(samples, lambda number: (samples.keys_of_batch(keys, number),))
+        return problem.mean(samples, lambda number: (samples.keys_of_batch(keys, number), *more))
 
     why = partial(why_not_finite, curvature, problem.loss, problem.params, problem.batch)
     return dict(zip(names, plan.estimate(draw, why, key, names), strict=True))
@@ -322,31 +324,21 @@ def _split(problem, key, plan, probe):
     except NoGramError:
         ggn = traces_of(problem, "ggn", ggn_key, plan.of_ggn(), probe, "hutchinson")
     ggn = {name: Estimate(*e, "split" if e.num_probes else "exact") for name, e in ggn.items()}
-    zero = layers_without_h(problem, problem.layers, key)
+    functional = h_product(problem)
+    zero = layers_without_h(functional, problem, problem.layers, key, PATIENCE)
     left = {name: Estimate(e.mean, e.std_error, e.num_probes, "split") for name, e in ggn.items() if name not in zero}
     if list(left) == ["total"]:
         return ggn
-    if plan.adaptive:
-        return ggn | _to_tolerance(problem, "functional", key, plan, probe, left)
     layers = tuple(layer for layer in problem.layers if layer.name in left)
+    pilot = jax.random.fold_in(key, _PILOT)
+    scales = balanced(functional(random_like(pilot, problem.params)), layers)
+    if plan.adaptive:
+        return ggn | _to_tolerance(problem, "functional", key, plan, probe, left, scales)
+    found = _by_probes(problem, "functional", layers, key, plan, probe, scales=scales)
     return ggn | {
         name: Estimate(left[name].mean + e.mean, np.hypot(left[name].std_error, e.std_error), e.num_probes, "split")
-        for name, e in _by_probes(problem, "functional", layers, key, plan, probe).items()
+        for name, e in found.items()
     }
-
-
-def layers_without_h(problem: Problem, layers: tuple[Layer, ...], key: jax.Array) -> set[str]:
-    """The names of the layers in which H_l is zero: its product with a random vector is, in all digits."""
-    functional: Any = product("functional", problem)
-    if not problem.many:
-        functional = linearize(functional, like=problem.params)
-    drawn, zeros = random_like(key, problem.params), optax.tree.zeros_like(problem.params)
-    found = set()
-    for layer in layers:
-        product_v = block(functional, layer, zeros)(layer.take(drawn))
-        if not any(to_host(x).any() for x in jax.tree.leaves(product_v)):
-            found.add(layer.name)
-    return found
 
 
 @jax.jit

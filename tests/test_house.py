@@ -32,7 +32,7 @@ FLOORS = [
     {"_samples", "eigenpairs", "problem"},
     {"_diagnosis", "_finite", "regularizer", "sharpness"},
     {"_rows", "operators", "transform"},
-    {"_columns", "gram", "stability"},
+    {"_columns", "_functional", "gram", "stability"},
     {"classes", "interactions", "traces"},
     {"quadrature"},
     {"summary"},

@@ -1,0 +1,182 @@
+"""Probes whose parts are scaled layer by layer: the mean, the variance by its formula, and what is gained."""
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg
+
+import jaxhess as jh
+from jaxhess._functional import h_product, layers_without_h
+from jaxhess._samples import ProductSamples, balanced
+from jaxhess._trees import draw_keys, sampler
+from jaxhess.problem import pose
+
+SIZES = {"a": 6, "b": 4, "c": 5}
+LIKE = {name: {"w": np.zeros(size, np.float32)} for name, size in SIZES.items()}
+PLACES = {"a": range(6), "b": range(6, 10), "c": range(10, 15), "a and b": range(10), "b and c": range(6, 15)}
+
+
+def matrix(seed=0):
+    """A random symmetric matrix in which "a" is steep and "c" flat."""
+    size = np.repeat([10.0, 1.0, 0.1], list(SIZES.values()))
+    a = np.random.default_rng(seed).standard_normal((15, 15))
+    return (a + a.T) * np.sqrt(np.outer(size, size))
+
+
+def layers(selections=None):
+    return pose("hessian", lambda p, _: jnp.sum(p["a"]["w"]), LIKE, None, False, selections, "exact").layers
+
+
+class Dense:
+    """A product with a dense matrix, in place of that of a loss."""
+
+    def __init__(self, a):
+        self.a = jnp.asarray(a, jnp.float32)
+
+    def __call__(self, params, batch, v):
+        y = self.a @ jnp.concatenate([v[name]["w"] for name in SIZES])
+        parts = jnp.split(y, np.cumsum(list(SIZES.values()))[:-1])
+        return {name: {"w": part} for name, part in zip(SIZES, parts, strict=True)}
+
+
+def draw(a, scales, selections=None, covered=True, only=None, probes=20_000):
+    found = ProductSamples(Dense(a), layers(selections), sampler("rademacher"), covered)
+    keys = draw_keys(jax.random.key(0), 0, probes)
+    return np.asarray(jax.jit(found.__call__, static_argnums=1)(LIKE, None, keys, scales, only), np.float64)
+
+
+def variance(a, scales):
+    """2 (||A_ll||^2 - sum of its squared diagonal) + sum over m of (s_m / s_l)^2 ||A_lm||^2."""
+    spread = np.repeat(scales, list(SIZES.values()))
+    scaled, found = (a * spread / spread[:, None]) ** 2, []
+    for name in SIZES:
+        own = a[np.ix_(PLACES[name], PLACES[name])]
+        found.append(np.sum(own**2) - 2 * np.sum(np.diag(own) ** 2) + scaled[PLACES[name]].sum())
+    return np.array(found)
+
+
+@pytest.mark.parametrize("scales", [[1.0, 1.0, 1.0], [1.0, 4.0, 16.0], [2.0, 1.0, 0.5]])
+def test_scales_leave_the_mean_and_change_the_variance_as_the_formula_says(scales):
+    samples = draw(a := matrix(), np.float32(scales))
+    exact = np.array([np.trace(a[np.ix_(PLACES[name], PLACES[name])]) for name in SIZES])
+    error = samples.std(0) / len(samples) ** 0.5
+    assert (np.abs(samples.mean(0) - [*exact, exact.sum()]) < 5 * error).all()
+    np.testing.assert_allclose(samples[:, :3].var(0), variance(a, np.array(scales)), rtol=0.05)
+
+
+def test_groups_that_overlap_and_parameters_in_none_keep_their_means():
+    samples = draw(a := matrix(), np.float32([1.0, 8.0]), {"a and b": ["a", "b"], "b and c": ["b", "c"]}, covered=False)
+    exact = [np.trace(a[np.ix_(PLACES[name], PLACES[name])]) for name in ("a and b", "b and c")]
+    assert (np.abs(samples.mean(0) - [*exact, np.trace(a)]) < 5 * samples.std(0) / len(samples) ** 0.5).all()
+    alone = draw(a, np.float32([8.0]), "c", covered=False)
+    exact = [np.trace(a[10:, 10:]), np.trace(a)]
+    assert (np.abs(alone.mean(0) - exact) < 5 * alone.std(0) / len(alone) ** 0.5).all()
+
+
+def test_what_no_layer_holds_gets_no_probe_where_the_total_does_not_need_it():
+    samples = draw(a := matrix(), np.float32([4.0]), "c")
+    own = a[10:, 10:]
+    np.testing.assert_allclose(samples[:, 0].var(), 2 * (np.sum(own**2) - np.sum(np.diag(own) ** 2)), rtol=0.05)
+
+
+def test_a_probe_of_one_layer_alone_has_no_scale():
+    scaled, plain = (draw(matrix(), s, only=jnp.int32(2), probes=8) for s in (np.float32([1, 4, 16]), None))
+    np.testing.assert_allclose(scaled[:, 2], plain[:, 2], rtol=1e-5)
+
+
+def test_the_scales_even_out_relative_errors():
+    """Beside the best ones there are, which balance the matrix of squared relative couplings (Osborne 1960)."""
+    count = 40  # numbers in each layer
+    size = np.repeat([10.0, 1.0, 0.1], count)
+    a = np.random.default_rng(0).standard_normal((3 * count, 3 * count))
+    blocks = (((a + a.T) ** 2) * np.outer(size, size)).reshape(3, count, 3, count).sum((1, 3))
+    units = size[::count] * count
+    parts = ((a + a.T) * np.sqrt(np.outer(size, size)) @ helpers.normal(1, 3 * count)).reshape(3, count)
+    scales = balanced({name: {"w": jnp.asarray(x)} for name, x in zip(SIZES, parts, strict=True)}, layers())
+    assert scales[0] == 1 and (np.diff(scales) > 0).all() and (np.log2(scales) % 1 == 0).all()
+    coupling = (blocks - np.diag(np.diag(blocks))) / units[:, None] ** 2
+    _, (best, _) = scipy.linalg.matrix_balance(coupling, permute=False, separate=True)
+    plain, ours, best = (np.sum(coupling * (s / s[:, None]) ** 2) for s in (np.ones(3), scales, np.sqrt(best)))
+    assert best <= 1.1 * ours and ours < 1.3 * best and best < 0.1 * plain
+
+
+@pytest.mark.parametrize(
+    ("norms", "expected"),
+    [((4.0, 1.0, 0.0), (1, 4, 1024)), ((0.0, 0.0, 0.0), (1, 1, 1)), ((np.nan, 1.0, 1.0), (1, 1, 1)), ((1e30, 1, 1), 0)],
+)
+def test_layers_without_a_product_and_products_that_are_not_finite(norms, expected):
+    product = {name: {"w": jnp.array([norm])} for name, norm in zip(SIZES, norms, strict=True)}
+    np.testing.assert_array_equal(balanced(product, layers()), expected or (1, 1024, 1024))
+
+
+# ---- in a net ----
+
+
+@pytest.fixture(scope="module")
+def steep():
+    """tanh(tanh(...)) whose inputs are large: H of the first layer is thousands of times that of the last but one."""
+    params = helpers.dense_layers([8, 10, 10, 3])
+    batch = {"x": 20 * helpers.normal(1, 12, 8), "label": helpers.labels(2, 3, 12)}
+    params["fc1"] = jax.tree.map(lambda x: x / 20, params["fc1"])
+    return helpers.Problem(jh.Objective(helpers.mlp, jh.cross_entropy), params, batch)
+
+
+def test_a_flat_layer_is_no_longer_lost_among_steep_ones_and_errors_cover_the_truth(steep):
+    exact = {name: np.trace(helpers.dense(steep, "hessian", name)) for name in steep.params}
+    exact |= {"total": sum(exact.values())}
+
+    def estimates(method, keys):
+        options = {"num_probes": 16, "method": method}
+        found = [jh.layer_traces(*at(steep), key=jax.random.key(key), **options) for key in range(keys)]
+        return {name: np.array([one[name][:2] for one in found], np.float64).T for name in exact}
+
+    split, plain = estimates("split", 60), estimates("hutchinson", 10)
+    for name, (means, errors) in split.items():
+        z = (means - exact[name]) / np.maximum(errors, 1e-5 * abs(exact[name]))
+        assert np.sqrt(np.mean(z**2)) < 1.6 and abs(z.mean()) < 5 / 60**0.5, (name, z)
+    assert split["fc2"][1].mean() < 0.2 * plain["fc2"][1].mean()
+
+
+def test_a_tolerance_holds_with_scaled_probes(steep):
+    found = jh.layer_traces(*at(steep), key=jax.random.key(1), rtol=0.1)
+    for name in steep.params:
+        truth = np.trace(helpers.dense(steep, "hessian", name))
+        assert found[name].std_error <= 0.1 * abs(found[name].mean) and abs(found[name].mean - truth) < 0.5 * abs(truth)
+
+
+def at(problem):
+    return problem.objective, problem.params, problem.batch
+
+
+def test_the_search_for_layers_without_h_ends_where_the_net_is_bent():
+    """relu, relu, tanh, linear: only the last layer is without H; the search sees it and as many others as it must."""
+
+    def net(params, batch):
+        x = batch["x"]
+        for name in ("fc1", "fc2", "fc3"):
+            x = jax.nn.relu(helpers.affine(params[name], x))
+        x = jnp.tanh(helpers.affine(params["fc4"], x))
+        return helpers.affine(params["fc5"], x)
+
+    params = helpers.dense_layers([4, 9, 9, 9, 9, 3])
+    batch = {"x": helpers.normal(1, 6, 4), "label": helpers.labels(2, 3, 6)}
+    problem = pose("hessian", jh.Objective(net, jh.cross_entropy), params, batch, False, None, "exact")
+    functional, products = h_product(problem), []
+    counted = jax.tree_util.Partial(Counted(functional.func, products), *functional.args)
+    for patience, number in ((None, 5), (2, 3)):
+        products.clear()
+        assert layers_without_h(counted, problem, problem.layers, jax.random.key(0), patience) == {"fc5"}
+        assert len(products) == number
+
+
+class Counted:
+    """A product that notes its calls."""
+
+    def __init__(self, product, calls):
+        self.product, self.calls = product, calls
+
+    def __call__(self, *args):
+        self.calls.append(1)
+        return self.product(*args)
