@@ -108,7 +108,10 @@ def on_files(files, config):
 
 def on_page_markdown(markdown, page, config, files):
     """Links of the pages in docs/ to what lies next to docs/, as the site has it."""
-    return re.sub(r"\]\(\.\./(results/[^)]+)\)", r"](\1)", markdown) if "/" not in page.file.src_uri else markdown
+    if "/" in page.file.src_uri:
+        return markdown
+    markdown = re.sub(r"\]\(\.\./notebooks/(\w+)\.ipynb\)", r"](notebooks/\1.md)", markdown)
+    return re.sub(r"\]\(\.\./(results/[^)]+)\)", r"](\1)", markdown.replace("](../README.md)", "](index.md)"))
 
 
 def _sources() -> list[pathlib.Path]:

@@ -15,7 +15,16 @@ from experiments.bench import blocks
 
 TEXT = "To be, or not to be: that is the question.\n" * 40
 TINY = {"layers": 1, "heads": 1, "width": 0.0625, "context": 2}
-WORDS = ["dataset=shakespeare/2", "epochs=1", "batch_size=32", "images_per_class=2", "probes=6", "steps=4", "repeats=2"]
+WORDS = [
+    "dataset=shakespeare/2",
+    "epochs=1",
+    "batch_size=32",
+    "images_per_class=2",
+    "probes=6",
+    "more_probes=12",
+    "steps=4",
+    "repeats=2",
+]
 NAMES = ["token", "position", *(f"block1/{name}" for name in ("norm1", "norm2", "fc", "proj")), "norm", "head"]
 NAMES += [f"block1/attn/{name}" for name in ("query", "key", "value", "out")]
 

@@ -47,6 +47,7 @@ class Config(figures.Config):
       width: factor on the 64 features. At half of them every block is small enough for a dense matrix.
       images_per_class: sequences at which it is measured.
       probes: numbers of probes of jaxhess, and of products with each block of the others.
+      more_probes: further numbers of probes of jaxhess alone, whose probes serve all blocks.
       steps: numbers of Lanczos steps.
       repeats: random keys of each estimate.
       peers_python: interpreter of an environment with the packages of experiments/bench/peers.txt; by default one is
@@ -61,6 +62,7 @@ class Config(figures.Config):
     learning_rate: float = 0.1
     images_per_class: int = 16
     probes: tuple[int, ...] = (6, 24, 96)
+    more_probes: tuple[int, ...] = (384,)
     steps: tuple[int, ...] = (8, 32, 128)
     repeats: int = 4
     peers_python: str = dataclasses.field(default="", metadata={"kept": False})  # of this machine alone
@@ -92,7 +94,7 @@ def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> N
         alike = agreement(loss, params, batch, names, theirs)
         truth = eigenvalues(loss, params, batch, names)
         rows = [*OURS.items(), *map(_words, others.names)]
-        calls = [(kind, row, n) for kind, row in rows for n in _budgets(config, kind)]
+        calls = [(kind, row, n) for kind, row in rows for n in _budgets(config, kind, row)]
 
         def call(kind, row, budget, key):
             if row not in OURS.values():
@@ -132,8 +134,10 @@ def _words(name):
     return kind, row
 
 
-def _budgets(config, kind):
-    return config.probes if kind == "trace" else config.steps
+def _budgets(config, kind, row):
+    if kind == "spectrum":
+        return config.steps
+    return (*config.probes, *config.more_probes) if row in OURS.values() else config.probes
 
 
 def agreement(loss: Any, params: PyTree, batch: PyTree, names: Sequence[str], theirs: Mapping[str, Any]) -> PyTree:
