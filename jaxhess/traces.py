@@ -31,7 +31,7 @@ from jaxhess._xtrace import samples as xtrace
 from jaxhess.estimates import Estimate, Plan
 from jaxhess.gram import row_traces
 from jaxhess.objective import NoFactorError, Objective, factored
-from jaxhess.operators import product_at
+from jaxhess.operators import product, product_at
 from jaxhess.problem import Problem, check_values, pose
 from jaxhess.selections import Selections
 
@@ -166,7 +166,8 @@ def layer_traces(
         column, one product for each parameter. "split": Hess as G + H, with probes for those H_l that are not zero,
         scaled layer by layer so that flat layers are not lost among steep ones.
         "auto": G exactly where an example has at most twice as many outputs as there are probes; Hess by the split
-        where examples do not depend on each other; otherwise by probes. Layers of a few parameters go column by column.
+        where examples do not depend on each other; otherwise by scaled probes. Layers of a few parameters go column by
+        column.
         Under a tolerance, layers that would need many probes over all layers get probes of their own.
         ``Estimate.method`` says which it was.
       layers: which layers or groups; all layers by default, else as for `layer_spectra`.
@@ -225,7 +226,8 @@ def traces_of(
         found = _split(problem, key, plan, probe)
     else:
         by = _to_tolerance if plan.adaptive else partial(_by_probes, layers=problem.layers)
-        found = by(problem, curvature, key=key, plan=plan, probe=probe)
+        scales = _scales(product(curvature, problem), problem, problem.layers, key)
+        found = by(problem, curvature, key=key, plan=plan, probe=probe, scales=scales)
     return found | columns_of(problem, curvature, [x for x in small if found[x.name].method != "exact"])
 
 
@@ -330,8 +332,7 @@ def _split(problem, key, plan, probe):
     if list(left) == ["total"]:
         return ggn
     layers = tuple(layer for layer in problem.layers if layer.name in left)
-    pilot = jax.random.fold_in(key, _PILOT)
-    scales = balanced(functional(random_like(pilot, problem.params)), layers)
+    scales = _scales(functional, problem, layers, key)
     if plan.adaptive:
         return ggn | _to_tolerance(problem, "functional", key, plan, probe, left, scales)
     found = _by_probes(problem, "functional", layers, key, plan, probe, scales=scales)
@@ -339,6 +340,13 @@ def _split(problem, key, plan, probe):
         name: Estimate(left[name].mean + e.mean, np.hypot(left[name].std_error, e.std_error), e.num_probes, "split")
         for name, e in found.items()
     }
+
+
+def _scales(operator, problem, layers, key):
+    """How the probes of layers are scaled, by one product with the whole net."""
+    if len(layers) == 1:
+        return None
+    return balanced(operator(random_like(jax.random.fold_in(key, _PILOT), problem.params)), layers)
 
 
 @jax.jit

@@ -146,6 +146,13 @@ def test_a_tolerance_holds_with_scaled_probes(steep):
         assert found[name].std_error <= 0.1 * abs(found[name].mean) and abs(found[name].mean - truth) < 0.5 * abs(truth)
 
 
+def test_a_plain_loss_has_scaled_probes_by_default(steep):
+    at_loss = (lambda params, batch: steep.objective(params, batch), steep.params, steep.batch)
+    found = [jh.layer_traces(*at_loss, key=jax.random.key(0), num_probes=16, method=m) for m in ("auto", "hutchinson")]
+    scaled, plain = ({name: float(one[name].std_error) for name in steep.params} for one in found)
+    assert scaled["fc2"] < 0.3 * plain["fc2"]
+
+
 def at(problem):
     return problem.objective, problem.params, problem.batch
 
