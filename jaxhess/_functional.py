@@ -24,8 +24,8 @@ def layers_without_h(
 ) -> set[str]:
     """The names of the layers in which H_l is zero: its product with a random vector is, in all digits.
 
-    From the last layer to the first. With ``patience``, the search ends when so many in turn are not zero: what bends
-    the net behind a layer bends it behind all earlier ones too.
+    From the last layer to the first. With ``patience``, the search ends when so many in turn are not zero: in a chain,
+    what bends the net behind a layer bends it behind all earlier ones too. Layers that are not looked at are left out.
     """
     drawn, zeros = random_like(key, problem.params), optax.tree.zeros_like(problem.params)
     found, others = set(), 0

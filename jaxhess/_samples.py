@@ -27,7 +27,7 @@ _RANGE = 2**10  # of the scales
 class ProductSamples:
     """(v / s)_l . (A (s v))_l of a product with the whole net, for v over all layers or over one of them only.
 
-    A scale s of each layer leaves the mean as it is. The blocks between layers add |s_m / s_l|^2 ||A_lm||_F^2 to the
+    A scale s of each layer leaves the mean as it is. The blocks between layers add (s_m / s_l)^2 ||A_lm||_F^2 to the
     variance: without scales, they are most of it where a layer has little curvature of its own.
     """
 
@@ -65,34 +65,35 @@ class ProductSamples:
 
     def _part(self, v, only):
         """v in the layer of this index and zero elsewhere, or v for -1."""
-        for i, layer in enumerate(self.layers):
-            kept = (only < 0) | (only == i)
-            v = layer.put(v, jax.tree.map(lambda x, kept=kept: x * kept.astype(x.dtype), layer.take(v)))
-        return v
+        kept = jax.tree.map(lambda x: jnp.full_like(x, only < 0), v)
+        for i, layer in enumerate(self.layers):  # one by one: groups may share parameters
+            mine = jax.tree.map(lambda x, i=i: jnp.where(only == i, jnp.ones_like(x), x), layer.take(kept))
+            kept = layer.put(kept, mine)
+        return jax.tree.map(jnp.multiply, v, kept)
 
 
-def balanced(product_v: PyTree, layers: tuple[Layer, ...]) -> np.ndarray:
-    """The scales of layers with which their relative errors are nearly as even as they can be, from one product.
+def balanced(norms: np.ndarray) -> np.ndarray:
+    """The scales of layers that even out their relative errors.
 
     The sum of squared relative errors is least for s_l = |Tr(A_l)|^(-1/2): ||A_lm||_F s_m / s_l over the trace of l is
-    then symmetric in l and m. The traces are not known yet. ||(A v)_l||^2 for a v over all layers stands for that of l:
-    it is in proportion to t_l where ||A_lm||_F^2 = t_l t_m.
+    then symmetric in l and m. The traces are not known yet. The mean of ||(A v)_l||^2 for v over all layers stands for
+    that of l: it is in proportion to t_l where ||A_lm||_F^2 = t_l t_m.
 
     Args:
-      product_v: A v of a random v over all layers.
-      layers: which of them.
+      norms: (layers,), the root mean square of ||(A v)_l||.
 
     Returns:
-      (layers,): powers of two, so that they round nothing, from 1 for the largest norm to `_RANGE`.
+      (layers,): powers of two, so that they round nothing, from 1 for the largest norm to `_RANGE`; 1 for a norm of
+      zero, which no other layer feels.
     """
-    norms = np.asarray(_norms(product_v, layers), np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         scales = np.exp2(np.round(np.log2(norms.max() / norms)))
-    return np.clip(np.nan_to_num(scales, nan=1.0), 1, _RANGE).astype(np.float32)
+    return np.where(np.isfinite(scales), np.clip(scales, 1, _RANGE), 1).astype(np.float32)
 
 
 @partial(jax.jit, static_argnums=1)
-def _norms(tree, layers):
+def layer_norms(tree: PyTree, layers: tuple[Layer, ...]) -> jax.Array:
+    """(layers,), the norm of each layer's part."""
     return jnp.stack([tree_norm(layer.arrays(tree)) for layer in layers])
 
 

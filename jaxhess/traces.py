@@ -17,7 +17,7 @@ from jaxhess._diagnosis import why_not_finite
 from jaxhess._functional import PATIENCE, h_product, layers_without_h
 from jaxhess._linear import as_linear
 from jaxhess._rows import NoGramError
-from jaxhess._samples import FactorSamples, ProductSamples, Samples, balanced
+from jaxhess._samples import FactorSamples, ProductSamples, Samples, balanced, layer_norms
 from jaxhess._trees import (
     automatic,
     draw_keys,
@@ -25,6 +25,7 @@ from jaxhess._trees import (
     random_like,
     random_rows,
     sampler,
+    to_host,
     tree_size,
 )
 from jaxhess._xtrace import samples as xtrace
@@ -37,7 +38,8 @@ from jaxhess.selections import Selections
 
 PyTree = Any
 METHODS = ("auto", "hutchinson", "split", "exact")
-_PILOT = 2**31 - 3  # folded into the key for the product by which probes are scaled
+_PILOT = 2**31 - 3  # folded into the key for the products by which probes are scaled
+_PILOTS = 4  # of them: the part of one in a layer of a single parameter is often near zero by chance
 
 
 def trace(
@@ -211,7 +213,7 @@ def traces_of(
         raise TypeError("the split of the Hessian into G and H needs an Objective; make one of predict and criterion")
     if method == "exact":
         return _exact(problem, curvature)
-    if method != "auto" or is_traced(problem.params, problem.first):
+    if method != "auto" or is_traced(problem.params, problem.first, key):
         if method == "split":
             return _split(problem, key, plan, probe)
         return _by_probes(problem, curvature, problem.layers, key, plan, probe)
@@ -329,7 +331,7 @@ def _split(problem, key, plan, probe):
     functional = h_product(problem)
     zero = layers_without_h(functional, problem, problem.layers, key, PATIENCE)
     left = {name: Estimate(e.mean, e.std_error, e.num_probes, "split") for name, e in ggn.items() if name not in zero}
-    if list(left) == ["total"]:
+    if list(left) == ["total"] and problem.covered:
         return ggn
     layers = tuple(layer for layer in problem.layers if layer.name in left)
     scales = _scales(functional, problem, layers, key)
@@ -343,10 +345,14 @@ def _split(problem, key, plan, probe):
 
 
 def _scales(operator, problem, layers, key):
-    """How the probes of layers are scaled, by one product with the whole net."""
-    if len(layers) == 1:
+    """How the probes of layers are scaled, by a few products with the whole net; None where they are not."""
+    if problem.finite:  # the step would be spent on the layers of large scales
         return None
-    return balanced(operator(random_like(jax.random.fold_in(key, _PILOT), problem.params)), layers)
+    if len(layers) < 2:
+        return np.ones(len(layers), np.float32)
+    pilots = draw_keys(jax.random.fold_in(key, _PILOT), 0, _PILOTS)
+    norms = [to_host(layer_norms(operator(random_like(pilot, problem.params)), layers)) for pilot in pilots]
+    return balanced(np.sqrt(np.mean(np.square(norms, dtype=np.float64), axis=0)))
 
 
 @jax.jit

@@ -86,6 +86,17 @@ def test_a_probe_of_one_layer_alone_has_no_scale():
     np.testing.assert_allclose(scaled[:, 2], plain[:, 2], rtol=1e-5)
 
 
+@pytest.mark.parametrize("only", [0, 1])
+def test_a_probe_of_one_group_alone_holds_all_of_it_where_groups_overlap(only):
+    groups = {"a and b": ["a", "b"], "b and c": ["b", "c"]}
+    own = matrix()[np.ix_(*[list(PLACES[list(groups)[only]])] * 2)]
+    for scales in (None, np.float32([1.0, 8.0])):
+        samples = draw(matrix(), scales, groups, covered=False, only=jnp.int32(only))[:, only]
+        assert abs(samples.mean() - np.trace(own)) < 5 * samples.std() / len(samples) ** 0.5
+        if scales is None:
+            np.testing.assert_allclose(samples.var(), 2 * (np.sum(own**2) - np.sum(np.diag(own) ** 2)), rtol=0.05)
+
+
 def test_the_scales_even_out_relative_errors():
     """Beside the best ones there are, which balance the matrix of squared relative couplings (Osborne 1960)."""
     count = 40  # numbers in each layer
@@ -93,8 +104,8 @@ def test_the_scales_even_out_relative_errors():
     a = np.random.default_rng(0).standard_normal((3 * count, 3 * count))
     blocks = (((a + a.T) ** 2) * np.outer(size, size)).reshape(3, count, 3, count).sum((1, 3))
     units = size[::count] * count
-    parts = ((a + a.T) * np.sqrt(np.outer(size, size)) @ helpers.normal(1, 3 * count)).reshape(3, count)
-    scales = balanced({name: {"w": jnp.asarray(x)} for name, x in zip(SIZES, parts, strict=True)}, layers())
+    product = (a + a.T) * np.sqrt(np.outer(size, size)) @ helpers.normal(1, 3 * count)
+    scales = balanced(np.linalg.norm(product.reshape(3, count), axis=1))
     assert scales[0] == 1 and (np.diff(scales) > 0).all() and (np.log2(scales) % 1 == 0).all()
     coupling = (blocks - np.diag(np.diag(blocks))) / units[:, None] ** 2
     _, (best, _) = scipy.linalg.matrix_balance(coupling, permute=False, separate=True)
@@ -104,11 +115,10 @@ def test_the_scales_even_out_relative_errors():
 
 @pytest.mark.parametrize(
     ("norms", "expected"),
-    [((4.0, 1.0, 0.0), (1, 4, 1024)), ((0.0, 0.0, 0.0), (1, 1, 1)), ((np.nan, 1.0, 1.0), (1, 1, 1)), ((1e30, 1, 1), 0)],
+    [((4, 1, 0), (1, 4, 1)), ((0, 0, 0), (1, 1, 1)), ((np.nan, 1, 1), (1, 1, 1)), ((1e30, 1, 1), (1, 1024, 1024))],
 )
 def test_layers_without_a_product_and_products_that_are_not_finite(norms, expected):
-    product = {name: {"w": jnp.array([norm])} for name, norm in zip(SIZES, norms, strict=True)}
-    np.testing.assert_array_equal(balanced(product, layers()), expected or (1, 1024, 1024))
+    np.testing.assert_array_equal(balanced(np.array(norms, float)), expected)
 
 
 # ---- in a net ----
@@ -137,13 +147,62 @@ def test_a_flat_layer_is_no_longer_lost_among_steep_ones_and_errors_cover_the_tr
         z = (means - exact[name]) / np.maximum(errors, 1e-5 * abs(exact[name]))
         assert np.sqrt(np.mean(z**2)) < 1.6 and abs(z.mean()) < 5 / 60**0.5, (name, z)
     assert split["fc2"][1].mean() < 0.2 * plain["fc2"][1].mean()
+    assert split["total"][1].mean() < 2 * plain["total"][1].mean()
 
 
-def test_a_tolerance_holds_with_scaled_probes(steep):
-    found = jh.layer_traces(*at(steep), key=jax.random.key(1), rtol=0.1)
-    for name in steep.params:
-        truth = np.trace(helpers.dense(steep, "hessian", name))
-        assert found[name].std_error <= 0.1 * abs(found[name].mean) and abs(found[name].mean - truth) < 0.5 * abs(truth)
+@pytest.mark.parametrize("groups", [None, {"first": ["fc1", "fc2"], "last": ["fc2", "fc3"]}], ids=["layers", "overlap"])
+def test_a_tolerance_holds_with_scaled_probes(steep, groups):
+    each = {name: np.trace(helpers.dense(steep, "hessian", name)) for name in steep.params}
+    exact = {name: sum(map(each.get, group)) for name, group in groups.items()} if groups else dict(each)
+    exact |= {"total": sum(each.values())}
+    z = []
+    for key in range(12):
+        found = jh.layer_traces(*at(steep), key=jax.random.key(key), rtol=0.1, max_probes=512, layers=groups)
+        for name, truth in exact.items():
+            assert found[name].std_error <= 0.1 * abs(found[name].mean) or found[name].num_probes == 512
+            z.append((found[name].mean - truth) / max(found[name].std_error, 1e-5 * abs(truth)))
+    assert np.sqrt(np.mean(np.square(z))) < 1.6 and np.abs(z).max() < 5
+
+
+@pytest.mark.parametrize("options", [{}, {"rtol": 0.1}], ids=["probes", "tolerance"])
+def test_groups_without_h_that_do_not_cover_the_net_leave_h_in_the_total(steep, options):
+    found = jh.layer_traces(*at(steep), key=jax.random.key(0), num_probes=64, layers=["fc3"], **options)
+    exact = {name: np.trace(helpers.dense(steep, "hessian", name)) for name in steep.params}
+    assert found["fc3"].method == "exact"
+    np.testing.assert_allclose(found["fc3"].mean, exact["fc3"], rtol=1e-4)
+    total = found["total"]
+    assert total.method == "split" and total.num_probes >= 64
+    assert abs(total.mean - sum(exact.values())) < 3 * total.std_error
+
+
+def test_a_layer_of_one_parameter_does_not_spoil_the_others():
+    """The part of one product in it is near zero by chance: a scale of 500 would make the others useless."""
+    params = helpers.dense_layers([4, 8, 8, 1])
+    batch = {"x": helpers.normal(1, 12, 4), "label": helpers.normal(2, 12, 1)}
+    objective = jh.Objective(helpers.mlp, jh.squared_error)
+    at_loss = (lambda params, batch: objective(params, batch), params, batch)
+    errors = {method: [] for method in ("auto", "hutchinson")}
+    for method, found in errors.items():
+        for key in range(30):
+            one = jh.layer_traces(*at_loss, key=jax.random.key(key), num_probes=16, layers="arrays", method=method)
+            found.append(one["fc2/w"].std_error)
+    assert max(errors["auto"]) < 6 * np.median(errors["hutchinson"])
+
+
+def test_keys_may_be_traced(steep):
+    keys = jax.random.split(jax.random.key(0), 3)
+    estimate = jax.jit(jax.vmap(lambda key: jh.layer_traces(*at(steep), key=key, num_probes=8)["fc1"].mean))
+    loss = (lambda params, batch: steep.objective(params, batch), steep.params, steep.batch)
+    plain = jax.vmap(lambda key: jh.layer_traces(*loss, key=key, num_probes=8)["fc1"].mean)
+    np.testing.assert_allclose(estimate(keys), plain(keys), rtol=1e-4)
+
+
+def test_central_differences_have_no_scales(steep):
+    """The step would be spent on layers that hardly move the loss."""
+    options = {"key": jax.random.key(0), "num_probes": 8, "differentiation": "finite"}
+    loss = (lambda params, batch: steep.objective(params, batch), steep.params, steep.batch)
+    found = [jh.layer_traces(*loss, method=method, **options)["fc2"] for method in ("auto", "hutchinson")]
+    assert found[0] == found[1]
 
 
 def test_a_plain_loss_has_scaled_probes_by_default(steep):
