@@ -79,9 +79,22 @@ def test_from_end_to_end_beside_peers(folder, monkeypatch, capsys):
         assert record["seconds"] == [2.0, 0.5]
     for record in map(records.get, blocks.OURS.values()):
         assert len(record["seconds"]) == 2 and all(len(values) == 2 for values in record["error"].values())
+    (truth,) = out.glob("truth-2-net-*.npz")
+    values = np.load(truth, allow_pickle=False)
+    for name, about in numbers["blocks"].items():
+        assert values[name].sum() == pytest.approx(about["trace"]) and len(values[name]) == about["parameters"]
     # Four parameters or eight take as many products, and nothing is left to chance.
     assert max(map(abs, records["jaxhess: layer_spectra"]["error"]["block1/norm1"])) < 1
     assert "theirs 1.0" in printed and "seconds to equal error" in printed and (out / "figure.png").exists()
+
+
+def test_who_takes_how_many_products():
+    config = blocks.Config(probes=(6, 12), more_probes=(24,), steps=(4,), more_steps=(16,))
+    budgets = {
+        (kind, row): blocks._budgets(config, kind, row)
+        for kind, row in (*blocks.OURS.items(), ("trace", "PyHessian: trace"), ("spectrum", "PyHessian: density"))
+    }
+    assert list(budgets.values()) == [(6, 12, 24), (4,), (6, 12), (4, 16)]
 
 
 def test_the_truth_is_dense():

@@ -2,7 +2,7 @@
 
     python -m experiments.run blocks model=gpt dataset=shakespeare
 
-About 40 minutes on two CPU cores, and 14 with probes=6,48 steps=8,32 repeats=3. The same trained weights and the same
+About 40 minutes on two CPU cores. The same trained weights and the same
 batch go to all, in float32. A block is a layer of the net. The truth is the set of eigenvalues of each block's dense
 Hessian, in float64. PyHessian and curvlinops run in a process of their own, in an environment that is made beside the
 folder of the results. All are called in turn, so that what slows the machine slows all of them. The first call of each,
@@ -28,7 +28,7 @@ import scipy.stats
 from flax.traverse_util import flatten_dict
 
 import jaxhess as jh
-from experiments import data, figures, measure, models, plot, report, store
+from experiments import data, figures, measure, models, plot, report, store, train
 from experiments.bench import peers
 
 PyTree = Any
@@ -49,6 +49,7 @@ class Config(figures.Config):
       probes: numbers of probes of jaxhess, and of products with each block of the others.
       more_probes: further numbers of probes of jaxhess alone, whose probes serve all blocks.
       steps: numbers of Lanczos steps.
+      more_steps: further numbers of PyHessian alone, the fastest of the others.
       repeats: random keys of each estimate.
       peers_python: interpreter of an environment with the packages of experiments/bench/peers.txt; by default one is
         made beside the results.
@@ -64,6 +65,7 @@ class Config(figures.Config):
     probes: tuple[int, ...] = (6, 24, 96)
     more_probes: tuple[int, ...] = (384,)
     steps: tuple[int, ...] = (8, 32, 128)
+    more_steps: tuple[int, ...] = (512,)
     repeats: int = 4
     peers_python: str = dataclasses.field(default="", metadata={"kept": False})  # of this machine alone
 
@@ -92,7 +94,11 @@ def run(config: Config, out_dir: pathlib.Path, data_dir: str | None = None) -> N
         stack.callback(others.close)
         theirs = others.ask("about", "")
         alike = agreement(loss, params, batch, names, theirs)
-        truth = eigenvalues(loss, params, batch, names)
+        path = train.net_path(config.model, dataset, config, out_dir, options=figures.net_options(config))
+        path = path.with_name(f"truth-{config.images_per_class}-{path.name}")
+        if not (kept := store.find(path)):
+            store.save_arrays(path, eigenvalues(loss, params, batch, names))
+        truth = store.load_arrays(kept or path)
         rows = [*OURS.items(), *map(_words, others.names)]
         calls = [(kind, row, n) for kind, row in rows for n in _budgets(config, kind, row)]
 
@@ -136,7 +142,7 @@ def _words(name):
 
 def _budgets(config, kind, row):
     if kind == "spectrum":
-        return config.steps
+        return (*config.steps, *config.more_steps) if row.startswith("PyHessian") else config.steps
     return (*config.probes, *config.more_probes) if row in OURS.values() else config.probes
 
 
