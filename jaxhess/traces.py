@@ -331,8 +331,10 @@ def _split(problem, key, plan, probe):
     functional = h_product(problem)
     zero = layers_without_h(functional, problem, problem.layers, key, PATIENCE)
     left = {name: Estimate(e.mean, e.std_error, e.num_probes, "split") for name, e in ggn.items() if name not in zero}
-    if list(left) == ["total"] and problem.covered:
-        return ggn
+    if list(left) == ["total"]:  # which takes in what no group holds
+        rest = () if problem.covered else problem.parts()
+        if len(layers_without_h(functional, problem, rest, key, patience=1)) == len(rest):
+            return ggn
     layers = tuple(layer for layer in problem.layers if layer.name in left)
     scales = _scales(functional, problem, layers, key)
     if plan.adaptive:

@@ -342,11 +342,11 @@ def _without_norms(spectra):
 
 
 def rows(tables: Sequence[Mapping[str, Mapping[str, float]]]) -> list[list[str]]:
-    """A line a block: parameters, trace with the standard error of its probes, largest eigenvalue, trace per parameter.
+    """A line a block: parameters, trace with the standard error of its probes, both ends, trace per parameter.
 
-    Means over trainings; of the largest eigenvalue and the trace per parameter with the standard deviation over them.
+    Means over trainings with the standard deviation over them.
     """
-    lines = [["block", "params", "trace", "its error", "lambda_max", "trace / param"]]
+    lines = [["block", "params", "trace", "its error", "lambda_max", "lambda_min", "trace / param"]]
     for name in tables[0]:
         found = [table[name] for table in tables]
         error = float(np.sqrt(np.mean([row["std_error"] ** 2 for row in found])))
@@ -357,6 +357,7 @@ def rows(tables: Sequence[Mapping[str, Mapping[str, float]]]) -> list[list[str]]
                 report.spread([row["trace"] for row in found], ".3g"),
                 f"{error:.2g}",
                 report.spread([row["lambda_max"] for row in found], ".3g"),
+                report.spread([row["lambda_min"] for row in found], ".2g"),
                 report.spread([row["trace"] / row["parameters"] for row in found], ".2g"),
             ]
         )
