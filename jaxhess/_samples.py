@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxhess._checks import standard_promotion
 from jaxhess._products import At
-from jaxhess._trees import fold_in, inner, map_rows, random_like, squared_norm, tree_norm
+from jaxhess._trees import fold_in, inner, map_rows, random_like, squared_norm
 from jaxhess.objective import Objective
 from jaxhess.selections import Layer
 
 PyTree = Any
 _GROUPS = 16  # of examples: with more of them the noise between examples is no longer felt
 _GROUP_BYTES = 2**28  # for the gradients of all groups and probes
-_RANGE = 2**10  # of the scales
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,31 +67,6 @@ class ProductSamples:
             mine = jax.tree.map(lambda x, i=i: jnp.where(only == i, jnp.ones_like(x), x), layer.take(kept))
             kept = layer.put(kept, mine)
         return jax.tree.map(jnp.multiply, v, kept)
-
-
-def balanced(norms: np.ndarray) -> np.ndarray:
-    """The scales of layers that even out their relative errors.
-
-    The sum of squared relative errors is least for s_l = |Tr(A_l)|^(-1/2): ||A_lm||_F s_m / s_l over the trace of l is
-    then symmetric in l and m. The traces are not known yet. The mean of ||(A v)_l||^2 for v over all layers stands for
-    that of l: it is in proportion to t_l where ||A_lm||_F^2 = t_l t_m.
-
-    Args:
-      norms: (layers,), the root mean square of ||(A v)_l||.
-
-    Returns:
-      (layers,): powers of two, so that they round nothing, from 1 for the largest norm to `_RANGE`; 1 for a norm of
-      zero, which no other layer feels.
-    """
-    with np.errstate(divide="ignore", invalid="ignore"):
-        scales = np.exp2(np.round(np.log2(norms.max() / norms)))
-    return np.where(np.isfinite(scales), np.clip(scales, 1, _RANGE), 1).astype(np.float32)
-
-
-@partial(jax.jit, static_argnums=1)
-def layer_norms(tree: PyTree, layers: tuple[Layer, ...]) -> jax.Array:
-    """(layers,), the norm of each layer's part."""
-    return jnp.stack([tree_norm(layer.arrays(tree)) for layer in layers])
 
 
 @dataclasses.dataclass(frozen=True)

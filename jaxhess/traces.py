@@ -17,7 +17,8 @@ from jaxhess._diagnosis import why_not_finite
 from jaxhess._functional import PATIENCE, h_product, layers_without_h
 from jaxhess._linear import as_linear
 from jaxhess._rows import NoGramError
-from jaxhess._samples import FactorSamples, ProductSamples, Samples, balanced, layer_norms
+from jaxhess._samples import FactorSamples, ProductSamples, Samples
+from jaxhess._scales import scales_of
 from jaxhess._trees import (
     automatic,
     draw_keys,
@@ -25,7 +26,6 @@ from jaxhess._trees import (
     random_like,
     random_rows,
     sampler,
-    to_host,
     tree_size,
 )
 from jaxhess._xtrace import samples as xtrace
@@ -38,8 +38,6 @@ from jaxhess.selections import Selections
 
 PyTree = Any
 METHODS = ("auto", "hutchinson", "split", "exact")
-_PILOT = 2**31 - 3  # folded into the key for the products by which probes are scaled
-_PILOTS = 4  # of them: the part of one in a layer of a single parameter is often near zero by chance
 
 
 def trace(
@@ -228,7 +226,7 @@ def traces_of(
         found = _split(problem, key, plan, probe)
     else:
         by = _to_tolerance if plan.adaptive else partial(_by_probes, layers=problem.layers)
-        scales = _scales(product(curvature, problem), problem, problem.layers, key)
+        scales = scales_of(product(curvature, problem), problem, problem.layers, key)
         found = by(problem, curvature, key=key, plan=plan, probe=probe, scales=scales)
     return found | columns_of(problem, curvature, [x for x in small if found[x.name].method != "exact"])
 
@@ -336,7 +334,7 @@ def _split(problem, key, plan, probe):
         if len(layers_without_h(functional, problem, rest, key, patience=1)) == len(rest):
             return ggn
     layers = tuple(layer for layer in problem.layers if layer.name in left)
-    scales = _scales(functional, problem, layers, key)
+    scales = scales_of(functional, problem, layers, key)
     if plan.adaptive:
         return ggn | _to_tolerance(problem, "functional", key, plan, probe, left, scales)
     found = _by_probes(problem, "functional", layers, key, plan, probe, scales=scales)
@@ -344,17 +342,6 @@ def _split(problem, key, plan, probe):
         name: Estimate(left[name].mean + e.mean, np.hypot(left[name].std_error, e.std_error), e.num_probes, "split")
         for name, e in found.items()
     }
-
-
-def _scales(operator, problem, layers, key):
-    """How the probes of layers are scaled, by a few products with the whole net; None where they are not."""
-    if problem.finite:  # the step would be spent on the layers of large scales
-        return None
-    if len(layers) < 2:
-        return np.ones(len(layers), np.float32)
-    pilots = draw_keys(jax.random.fold_in(key, _PILOT), 0, _PILOTS)
-    norms = [to_host(layer_norms(operator(random_like(pilot, problem.params)), layers)) for pilot in pilots]
-    return balanced(np.sqrt(np.mean(np.square(norms, dtype=np.float64), axis=0)))
 
 
 @jax.jit

@@ -9,7 +9,8 @@ import scipy.linalg
 
 import jaxhess as jh
 from jaxhess._functional import h_product, layers_without_h
-from jaxhess._samples import ProductSamples, balanced
+from jaxhess._samples import ProductSamples
+from jaxhess._scales import balanced
 from jaxhess._trees import draw_keys, sampler
 from jaxhess.problem import pose
 

@@ -32,7 +32,7 @@ FLOORS = [
     {"_samples", "eigenpairs", "problem"},
     {"_diagnosis", "_finite", "regularizer", "sharpness"},
     {"_rows", "operators", "transform"},
-    {"_columns", "_functional", "gram", "stability"},
+    {"_columns", "_functional", "_scales", "gram", "stability"},
     {"classes", "interactions", "traces"},
     {"quadrature"},
     {"summary"},
