@@ -53,7 +53,7 @@ def resolved(index: tuple, shape: tuple[int, ...], where: str) -> tuple:
     """An index with known ends, for an array of this shape; ValueError that names ``where`` if it is out of range."""
     wide = len(shape) - sum(entry is not Ellipsis for entry in index)
     if wide < 0 or sum(entry is Ellipsis for entry in index) > 1:
-        raise ValueError(f"{where}: too many entries in the index")
+        raise ValueError(f"{where}: too many entries in the index; np.s_[..., i] fits arrays of any rank")
     full = []
     for entry in index if Ellipsis in index else (*index, Ellipsis):
         full += [("slice", None, None, None)] * wide if entry is Ellipsis else [entry]

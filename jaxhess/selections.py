@@ -262,7 +262,9 @@ class _Finder:
             pieces = [Piece(i) for i in leaves]
             return self._group([self._slice(p, int(index[1]), path) for p in pieces] if index else pieces, path)
         if found is None:
-            raise ValueError(f"unknown layer {path!r}; {self._known()}")
+            glob = f"*/{path}"
+            hint = f"; the glob {glob!r} takes all that end so" if self._matching(glob) else ""
+            raise ValueError(f"unknown layer {path!r}; {self._known()}{hint}")
         leaves, treedef = found
         if not any(np.size(self._leaves[i][1]) for i in leaves):
             raise ValueError(f"{path!r} selects nothing, its arrays are empty; {self._known()}")

@@ -386,7 +386,7 @@ A = {"a": {"w": jnp.ones((2, 3))}, "b": {"w": jnp.ones(2)}}
         (jh.part("a/w", [0, 0]), ValueError, "a row twice"),
         (jh.part("a/w", [0, 5]), ValueError, "does not fit an axis of 2"),
         (jh.part("a/w", [True, False, True]), ValueError, "does not fit an axis of 2"),
-        (jh.part("b/w", np.s_[:, 0]), ValueError, "too many entries"),
+        (jh.part("b/w", np.s_[:, 0]), ValueError, r"too many entries .*np.s_\[..., i\]"),
         (jh.part("a/w", ([0, 1], [0, 1])), ValueError, "at most one axis"),
         ({"a": "a"}, TypeError, "a layer is given by"),
         ("empty", ValueError, "'empty' selects nothing, its arrays are empty"),

@@ -449,6 +449,7 @@ def test_middle_layers(count):
     ("call", "error", "message"),
     [
         (lambda: jh.subtree(squares("a", "b10", "b9"), "c"), ValueError, r"'c'; the layers are \['a', 'b9', 'b10'\]"),
+        (lambda: jh.subtree({"a": squares("c")}, "c"), ValueError, r"\['a/c'\]; the glob '\*/c' takes all that end so"),
         (lambda: jh.subtree(squares("a"), "a/c"), ValueError, r"'a/c'; the layers are \['a'\]"),
         (lambda: jh.subtree(squares("a"), ""), ValueError, r"''; the layers are \['a'\]"),
         (lambda: jh.subtree(squares("a"), 0), TypeError, "by a name, a glob.*got 0"),
