@@ -28,13 +28,13 @@ def layers_without_h(
     what bends the net behind a layer bends it behind all earlier ones too. Layers that are not looked at are left out.
     """
     drawn, zeros = random_like(key, problem.params), optax.tree.zeros_like(problem.params)
-    found, others = set(), 0
+    found, in_turn = set(), 0
     for layer in reversed(layers):
         product_v = block(functional, layer, zeros)(layer.take(drawn))
         bends = any(to_host(x).any() for x in jax.tree.leaves(product_v))
-        others = others + 1 if bends else 0
+        in_turn = in_turn + 1 if bends else 0
         if not bends:
             found.add(layer.name)
-        if others == patience:
+        if in_turn == patience:
             break
     return found

@@ -164,7 +164,7 @@ def layer_traces(
       curvature: "hessian", "ggn" or "functional".
       method: "hutchinson" for probes of that curvature alone. "exact": G from its rows, other curvatures column by
         column, one product for each parameter. "split": Hess as G + H, with probes for those H_l that are not zero,
-        scaled layer by layer so that flat layers are not lost among steep ones.
+        scaled layer by layer so that flat layers are not lost among steep ones; four products more find the scales.
         "auto": G exactly where an example has at most twice as many outputs as there are probes; Hess by the split
         where examples do not depend on each other; otherwise by scaled probes. Layers of a few parameters go column by
         column.

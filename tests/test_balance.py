@@ -238,6 +238,33 @@ def test_the_search_for_layers_without_h_ends_where_the_net_is_bent():
         assert len(products) == number
 
 
+def test_layers_that_were_not_looked_at_have_unbiased_traces():
+    params = helpers.dense_layers([4, 6, 6, 6, 6, 6, 3])
+    batch = {"x": helpers.normal(1, 6, 4), "label": helpers.labels(2, 3, 6)}
+    deep = helpers.Problem(jh.Objective(helpers.mlp, jh.cross_entropy), params, batch)
+    exact = {name: np.trace(helpers.dense(deep, "hessian", name)) for name in params}
+    found = jh.layer_traces(*at(deep), key=jax.random.key(0), num_probes=256, method="split")
+    assert found["fc6"].method == "exact"  # the search ends at fc3
+    for name, truth in exact.items():
+        assert abs(found[name].mean - truth) < 5 * found[name].std_error + 1e-4 * abs(truth), name
+
+
+@pytest.mark.parametrize("slices", [False, True], ids=["layers", "slices"])
+def test_many_batches_and_slices_of_arrays(steep, slices):
+    halves = jh.Batches([jax.tree.map(lambda x, s=s: x[s], steep.batch) for s in (slice(0, 6), slice(6, 12))])
+    parts = {"first": jh.part("fc2/w", np.s_[:, :4]), "rest": jh.part("fc2/w", np.s_[:, 4:])} if slices else None
+    diagonal = np.diag(helpers.dense(steep, "hessian", "fc2"))[-100:].reshape(10, 10)  # of the kernel, behind the bias
+    exact = {name: np.trace(helpers.dense(steep, "hessian", name)) for name in steep.params}
+    whole = sum(exact.values())
+    exact = {"first": diagonal[:, :4].sum(), "rest": diagonal[:, 4:].sum()} if slices else exact
+    z = []
+    for key in range(10):
+        found = jh.layer_traces(*at(steep)[:2], halves, key=jax.random.key(key), num_probes=16, layers=parts)
+        for name, truth in (exact | {"total": whole}).items():
+            z.append((found[name].mean - truth) / max(found[name].std_error, 1e-5 * abs(truth)))
+    assert np.sqrt(np.mean(np.square(z))) < 1.6 and np.abs(z).max() < 5
+
+
 class Counted:
     """A product that notes its calls."""
 

@@ -83,7 +83,7 @@ def test_loss_gradient_and_products_are_those_of_formed_logits(name, x64):
         alike(product(blocks, params, batch, layer="head")(part), product(formed, params, batch, layer="head")(part))
         if kind != "functional":  # H_head is zero, of which differences leave rounding
             assert float(jnp.abs(jax.tree.leaves(wanted)[0]).max()) > 1e-3
-    # Before some version after 0.7, JAX cannot transpose the loop once more; products go forward over reverse.
+    # JAX 0.6 and 0.7 cannot transpose the loop twice; the products of jaxhess go forward over reverse.
     modes = ["fwd", "rev"] if jax.__version_info__ >= (0, 10) else ["fwd"]
     check_grads(lambda p: blocks(p, batch), (params,), order=2, modes=modes, rtol=1e-5)
 
