@@ -16,7 +16,9 @@ _FIRST = 16  # probes of all layers, from whose deviations it is said how many o
 _ALONE = 8  # the fewest of a single layer
 
 
-def share_out(draw: Callable, key: jax.Array, plan: Plan, known: list[Estimate]) -> list[Estimate]:
+def share_out(
+    draw: Callable, key: jax.Array, plan: Plan, known: list[Estimate], price: float | None = None
+) -> list[Estimate]:
     """Each of known values plus a mean over probes, of the layers and of their sum, to the tolerance of a plan.
 
     Args:
@@ -25,6 +27,8 @@ def share_out(draw: Callable, key: jax.Array, plan: Plan, known: list[Estimate])
       key: a JAX random key.
       plan: with a tolerance.
       known: what is added to each mean, independent of the probes.
+      price: None for samples from products with the whole net. For samples that have none of the noise between layers,
+        what one of them takes, in products: a layer by itself then needs as many.
 
     Returns:
       The sums, with the number of probes of each.
@@ -38,7 +42,8 @@ def share_out(draw: Callable, key: jax.Array, plan: Plan, known: list[Estimate])
         return samples[: plan.max_probes]
 
     joint = more(np.zeros((0, len(known))), _FIRST)
-    joint = more(joint, _best_count([_needed(x, base, plan) for x, base in zip(joint.T, known, strict=True)]))
+    needed = [_needed(x, base, plan) for x, base in zip(joint.T, known, strict=True)]
+    joint = more(joint, _best_count(needed, price))
     while len(joint) < min(_needed(joint[:, -1], known[-1], plan), plan.max_probes):
         joint = more(joint, len(joint) + 1)
     found = []
@@ -52,11 +57,16 @@ def share_out(draw: Callable, key: jax.Array, plan: Plan, known: list[Estimate])
     return found
 
 
-def _best_count(needed):
+def _best_count(needed, price):
     """How many probes of all layers: with them, fewest products are taken in all. The sum needs its own."""
     *layers, total = needed
     counts = sorted({max(total, count) for count in layers} | {total})
-    return min(counts, key=lambda count: count + _ALONE * sum(x > count for x in layers))
+
+    def products(count):
+        alone = [_ALONE if price is None else x for x in layers if x > count]
+        return (price or 1) * count + sum(alone)
+
+    return min(counts, key=products)
 
 
 def _needed(samples, known, plan):

@@ -1,5 +1,8 @@
 """Traces without probes, column by column, where there are only a few columns."""
 
+from __future__ import annotations
+
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,30 +12,105 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxhess._curves import curves_of, second_order
 from jaxhess._linear import as_linear
-from jaxhess._trees import automatic, own_eps, tree_size
+from jaxhess._sweep import PRODUCT, room_for, works
+from jaxhess._trees import automatic, jitter, own_eps, tree_size
 from jaxhess.estimates import Estimate, Plan
 from jaxhess.operators import block, product
 from jaxhess.problem import Problem
 from jaxhess.selections import Layer
 
 PyTree = Any
+_TRIED = 8  # entries by which the rounding of all is judged
+
+
+@dataclasses.dataclass(frozen=True)
+class _Diagonals:
+    """Entries of the diagonals of blocks, second derivatives along single parameters: (layers, entries)."""
+
+    curvature: str
+    loss: Callable
+    layers: tuple[Layer, ...]
+
+    def __call__(self, params, batch, numbers):
+        leaves, treedef = jax.tree.flatten(params)
+        units = [_units(layer.arrays(params), of_layer) for layer, of_layer in zip(self.layers, numbers, strict=True)]
+        function = self._function(params, batch)
+        found = second_order(lambda *x: function(treedef.unflatten(x)), leaves, curves_of(leaves, self.layers, units))[
+            0
+        ]
+        entries = jnp.zeros(numbers.shape, jnp.result_type(*leaves))
+        if found is None or found.second is None:
+            return entries
+        return entries.at[jnp.array(found.layers)].set(found.second)
+
+    def _function(self, params, batch):
+        if self.curvature == "hessian":
+            return lambda p: self.loss(p, batch)
+        slope = jax.grad(self.loss.criterion)(self.loss.predict(params, batch), batch)
+        return lambda p: jnp.sum(slope * self.loss.predict(p, batch))
+
+
+def _units(arrays, numbers):
+    """Unit vectors of these numbers, as arrays with an axis for them in front; zero for numbers beyond the last."""
+    ends = np.cumsum([0, *(x.size for x in arrays)])
+    return [
+        jax.nn.one_hot(numbers - start, x.size, dtype=x.dtype).reshape(len(numbers), *x.shape)
+        for x, start in zip(arrays, ends[:-1], strict=True)
+    ]
 
 
 def columns_of(problem: Problem, curvature: str, layers: Sequence[Layer]) -> dict[str, Estimate]:
     """The traces of the blocks of some layers."""
-    if not layers:
-        return {}
+    ordered = sorted(layers, key=lambda layer: _columns(problem, layer))
+    found: dict[str, Estimate] = {}
+    alike: list[Layer] = []
+    for layer in ordered:  # of like sizes, since they are taken side by side
+        if alike and _columns(problem, layer) > 4 * _columns(problem, alike[0]):
+            found |= _of_alike(problem, curvature, tuple(alike))
+            alike = []
+        alike.append(layer)
+    found |= _of_alike(problem, curvature, tuple(alike)) if alike else {}
+    return {layer.name: found[layer.name] for layer in layers}
+
+
+def _columns(problem, layer):
+    return tree_size(layer.arrays(problem.params))
+
+
+def _of_alike(problem, curvature, layers):
+    diagonals, sizes = _Diagonals(curvature, problem.loss, layers), [_columns(problem, layer) for layer in layers]
+    width, _ = room_for(problem, problem.loss, layers)
+    if not width or not works(problem, diagonals, jnp.zeros((len(layers), width), jnp.int32)):
+        return {layer.name: _by_products(problem, curvature, layer) for layer in layers}
+    moved = dataclasses.replace(problem, params=jitter(jax.random.key(0), problem.params, own_eps(problem.params)))
+
+    def entries(of, numbers):
+        padded = np.pad(numbers, ((0, 0), (0, -numbers.shape[1] % width)), constant_values=max(sizes))
+        parts = np.split(padded.astype(np.int32), padded.shape[1] // width, axis=1)
+        rows = [np.asarray(of.mean(diagonals, lambda _, part=part: (part,)), np.float64) for part in parts]
+        return np.concatenate(rows, axis=1)[:, : numbers.shape[1]]
+
+    found = entries(problem, np.tile(np.arange(max(sizes)), (len(layers), 1)))
+    tried = np.stack([np.linspace(0, size - 1, _TRIED).astype(int) for size in sizes])
+    changes = entries(moved, tried) - np.take_along_axis(found, tried, axis=1)
+    estimates = {}
+    for layer, size, row, change in zip(layers, sizes, found, changes, strict=True):
+        rounding = 10 * own_eps(problem.params) * np.linalg.norm(row)
+        rounding += 3 * size * np.sqrt(np.mean(change**2) / _TRIED)
+        estimates[layer.name] = Estimate(float(row.sum()), float(rounding), 0, "exact")
+    return estimates
+
+
+def _by_products(problem, curvature, layer):
     operator, zeros = as_linear(product(curvature, problem)), optax.tree.zeros_like(problem.params)
+    like = layer.take(problem.params)
+    value, error = columns(block(operator, layer, zeros), like)
     moved = operator.func.perturbed(jax.random.key(0), own_eps(problem.params), *operator.args)
-    found = {}
-    for layer in layers:
-        like = layer.take(problem.params)
-        value, error = columns(block(operator, layer, zeros), like)
-        if moved is not None:  # the rounding inside of the products
-            error += 3 * abs(columns(block(moved, layer, zeros), like)[0] - value)
-        found[layer.name] = Estimate(value, error, 0, "exact")
-    return found
+    if moved is not None:  # the rounding inside of the products
+        error += 3 * abs(columns(block(moved, layer, zeros), like)[0] - value)
+    return Estimate(value, error, 0, "exact")
 
 
 def columns(operator: Callable, like: PyTree) -> tuple[float, float]:
@@ -46,15 +124,18 @@ def columns(operator: Callable, like: PyTree) -> tuple[float, float]:
 
 
 def small_layers(problem: Problem, plan: Plan) -> list[Layer]:
-    """Those that take few columns in all beside the probes that are asked for, or that a tolerance may take.
+    """Those whose columns take at most half of the time of the probes that are asked for.
 
-    A column takes two products, one of them for its rounding.
+    By sweeps, a column takes the time of a pass forward; by products, of two of these, one of them for its rounding.
     """
-    left, found = (plan.max_probes if plan.adaptive else plan.num_probes) // 4, []
     if any(automatic(x) is not x for x in jax.tree.leaves((problem.params, problem.first))):
         return []
-    for layer in sorted(problem.layers, key=lambda layer: tree_size(layer.arrays(problem.params))):
-        left -= tree_size(layer.arrays(problem.params))
+    ordered = sorted(problem.layers, key=lambda layer: _columns(problem, layer))
+    swept = room_for(problem, problem.loss, ordered)[0] > 0
+    left = plan.num_probes * PRODUCT // 2 if swept else (plan.max_probes if plan.adaptive else plan.num_probes) // 4
+    found = []
+    for layer in ordered:
+        left -= _columns(problem, layer)
         if left >= 0:
             found.append(layer)
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,8 @@ from jaxhess.logits import Logits
 from jaxhess.objective import Objective
 
 PyTree = Any
+_GROUPS = 16  # of examples: with more of them the noise between examples is no longer felt
+_GROUP_BYTES = 2**28  # for what all groups hold
 
 
 def independent_examples(loss: Objective, params: PyTree, batch: PyTree, outputs: jax.Array) -> tuple[bool, ...] | None:
@@ -98,3 +101,29 @@ def one_example(batch: PyTree, of_examples: tuple[bool, ...], i: Any) -> PyTree:
     leaves, treedef = jax.tree.flatten(batch)
     cut = [jax.lax.dynamic_slice_in_dim(x, i, 1) if mine else x for mine, x in zip(of_examples, leaves, strict=True)]
     return jax.tree.unflatten(treedef, cut)
+
+
+def fits_into(of_examples: Sequence[bool] | None, outputs: jax.Array, bytes_each: int) -> int:
+    """Into how many groups of one size the examples go: as many as fit, up to `_GROUPS`; 1 if they are not independent.
+
+    Args:
+      of_examples: as `independent_examples` returns it.
+      outputs: of the whole batch.
+      bytes_each: what one group holds beside its examples.
+    """
+    if of_examples is None:
+        return 1
+    most = min(_GROUPS, _GROUP_BYTES // max(1, bytes_each))
+    return next((count for count in range(most, 1, -1) if len(outputs) % count == 0), 1)
+
+
+def cut(batch: PyTree, of_examples: Sequence[bool], count: int) -> tuple[list, Callable[[list], PyTree]]:
+    """The arrays of examples as groups, (count, examples, ...), and the function that makes a batch of one group."""
+    leaves, treedef = jax.tree.flatten(batch)
+    groups = [x.reshape(count, -1, *x.shape[1:]) for x, mine in zip(leaves, of_examples, strict=True) if mine]
+
+    def join(group):
+        group = iter(group)
+        return treedef.unflatten([next(group) if mine else x for x, mine in zip(leaves, of_examples, strict=True)])
+
+    return groups, join

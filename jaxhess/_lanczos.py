@@ -5,7 +5,7 @@ The basis is a pytree of leaves stacked along a leading axis, (steps, *leaf.shap
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import optax
 import scipy.linalg
 from numpy.typing import ArrayLike
 
+from jaxhess._basis import Basis, empty_basis
 from jaxhess._checks import (
     NotFiniteError,
     at_least_float32,
@@ -27,7 +28,7 @@ from jaxhess._checks import (
     standard_promotion,
 )
 from jaxhess._linear import as_linear
-from jaxhess._trees import full_precision, random_like, spread, tree_norm, tree_size
+from jaxhess._trees import tree_norm, tree_size
 
 PyTree = Any
 
@@ -102,13 +103,11 @@ def lanczos(
     """
     check_count("num_steps", num_steps)
     check_like("start", start)
-    if reorthogonalize not in (True, False, "host"):
-        raise ValueError(f"reorthogonalize must be True, False or 'host', got {reorthogonalize!r}")
+    check_basis(reorthogonalize)
     if restart_key is not None and not reorthogonalize:
         raise ValueError("a restart needs the basis to be orthogonal to; use reorthogonalize=True")
     if restart_key is not None:
         check_key(restart_key, "restart_key")
-    num_steps = min(num_steps, tree_size(start))
     linear = as_linear(operator)
     norm = tree_norm(start)
     traced = is_traced(linear, norm, restart_key)
@@ -117,21 +116,57 @@ def lanczos(
         raise TypeError(f"{what} needs a loop on the host and cannot run under jit; call it outside")
     if not traced and not (np.isfinite(norm) and norm > 0):
         raise ValueError(f"Lanczos needs a start vector that is finite and not zero, got norm {norm}")
+    if not traced:
+        return drive(lanczos_steps(start, num_steps, reorthogonalize, restart_key, progress), linear)
+    num_steps = min(num_steps, tree_size(start))
     state = _begin(start, num_steps)
-    basis = _empty_basis(state.vector, num_steps, reorthogonalize)
-    run = _run_compiled if traced else partial(_run_on_host, progress=progress)
-    return run(linear, state, basis, restart_key, num_steps)
+    basis = empty_basis(state.vector, num_steps, reorthogonalize)
+    return _run_compiled(linear, state, basis, restart_key, num_steps)
 
 
-def lanczos_beside(
-    rows: PyTree, count: int, scale: float, operator: Callable, start: PyTree, num_steps: int
-) -> Tridiagonal:
-    """As `lanczos`, in the complement of ``count`` orthonormal rows, behind which there is room for ``num_steps`` more.
+def check_basis(reorthogonalize: Any) -> None:
+    """ValueError for anything other than True, False and "host"."""
+    if reorthogonalize not in (True, False, "host"):
+        raise ValueError(f"reorthogonalize must be True, False or 'host', got {reorthogonalize!r}")
+
+
+Steps = Generator[PyTree, PyTree, Any]  # yields vectors, and is sent their products
+
+
+def drive(steps: Steps, operator: Any) -> Any:
+    """What a recurrence returns, by the products of one operator."""
+    vector = next(steps)
+    while True:
+        try:
+            following = steps.send(operator(vector))
+        except StopIteration as done:
+            return done.value
+        except NotFiniteError as error:
+            raise NotFiniteError(f"{error}: {operator.func.why_not_finite(*operator.args, vector)}") from None
+        vector = following
+
+
+def lanczos_steps(
+    start: PyTree,
+    num_steps: int,
+    reorthogonalize: bool | str = True,
+    restart_key: jax.Array | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Steps:
+    """`lanczos` outside ``jit``, as a generator that yields vectors and is sent their products."""
+    num_steps = min(num_steps, tree_size(start))
+    state = _begin(start, num_steps)
+    basis = empty_basis(state.vector, num_steps, reorthogonalize)
+    return (yield from _steps(state, basis, restart_key, num_steps, progress))
+
+
+def lanczos_beside(rows: PyTree, count: int, scale: float, start: PyTree, num_steps: int) -> Steps:
+    """As `lanczos_steps`, in the complement of ``count`` orthonormal rows, behind which there is room for the steps.
 
     ``scale`` is the size of the operator, beside which a remainder is zero. With as many rows as another basis has, and
     of its kind, nothing new is compiled.
     """
-    basis = _Basis(rows)
+    basis = Basis(rows)
     state = _begin(start, len(jax.tree.leaves(rows)[0]))
     before = state._replace(step=jnp.array(count), vector=optax.tree.zeros_like(state.vector))
     state = _host_step(basis)(basis, before, state.vector, None)._replace(
@@ -139,7 +174,7 @@ def lanczos_beside(
     )
     if not state.alive:
         return Tridiagonal(np.zeros(1), np.zeros(1), 1, None)  # the rows span the space
-    return _run_on_host(as_linear(operator), state, basis, None, num_steps, None, count)
+    return (yield from _steps(state, basis, None, num_steps, None, count))
 
 
 def _run_compiled(operator, state, basis, restart_key, num_steps):
@@ -152,15 +187,15 @@ def _run_compiled(operator, state, basis, restart_key, num_steps):
     return Tridiagonal(state.alphas, state.betas, state.num_valid, basis.rows)
 
 
-def _run_on_host(operator, state, basis, restart_key, num_steps, progress, first=0):
+def _steps(state, basis, restart_key, num_steps, progress, first=0):
     step = _host_step(basis)
     for done in range(1, num_steps + 1):
         vector = state.vector
-        following = step(basis, state, operator(vector), restart_key)
+        product = yield vector
+        following = step(basis, state, product, restart_key)
         basis, state = basis.write(vector, state.step), following
         if not np.isfinite(float(state.scale)):
-            why = operator.func.why_not_finite(*operator.args, vector)
-            raise NotFiniteError(f"the product is not finite at Lanczos step {done}: {why}")
+            raise NotFiniteError(f"the product is not finite at Lanczos step {done}")
         if progress is not None:
             progress(done, num_steps)
         if not state.alive:
@@ -256,7 +291,7 @@ _compiled_step = jax.jit(_step)
 def _step_in_numpy(basis, state, product, restart_key):
     state, product = jax.tree.map(np.asarray, (state, product))
     rows = jax.tree.map(lambda rows: rows[: int(state.step)], basis.rows)  # the rest is not written yet
-    return _step(_Basis(rows), state, product, restart_key)
+    return _step(Basis(rows), state, product, restart_key)
 
 
 @jax.jit
@@ -277,88 +312,3 @@ def _follow(state, product, rest):
         vector=optax.tree.cast_like(vector, state.vector),
     )
     return following, exhausted
-
-
-# ---- the basis: what the next vector must be orthogonal to ----
-
-
-class _Basis(NamedTuple):
-    """All vectors so far as rows, (steps, *leaf.shape), on the device or in numpy; those not yet written are zero."""
-
-    rows: PyTree
-
-    def remainder(self, state, product):
-        """The product without its components along the basis and the last vector, which are the new column of T."""
-        once = _orthogonalize(self.rows, state.vector, product)
-        return _orthogonalize(self.rows, state.vector, once)  # twice is enough (Parlett 1998, 6.9)
-
-    def fresh(self, state, key):
-        """A random unit vector orthogonal to the basis and the last vector; zero if they span the space."""
-        drawn = random_like(key, state.vector)
-        drawn = jax.tree.map(lambda x, rows: np.asarray(x) if isinstance(rows, np.ndarray) else x, drawn, self.rows)
-        size = optax.tree.norm(drawn)
-        vector = self.remainder(state, drawn)
-        norm = optax.tree.norm(vector)
-        ok = norm > 100 * jnp.finfo(norm.dtype).eps * size
-        return optax.tree.scale(jnp.where(ok, 1 / jnp.where(ok, norm, 1), 0), vector)
-
-    def write(self, vector, step):
-        """The basis with one more row, in place."""
-        if not isinstance(jax.tree.leaves(self.rows)[0], np.ndarray):
-            return _write(self, vector, step)
-        for rows, x in zip(jax.tree.leaves(self.rows), jax.tree.leaves(vector), strict=True):
-            rows[int(step)] = x
-        return self
-
-
-@partial(jax.jit, donate_argnums=0)
-def _write(basis, vector, step):
-    """Kept separate from `_step`: fused with a reader, XLA copies the basis."""
-    return _Basis(jax.tree.map(lambda rows, q: rows.at[step].set(q), basis.rows, vector))
-
-
-class _LastVector(NamedTuple):
-    """Only the vector before the last: the three-term recurrence."""
-
-    previous: PyTree
-
-    @property
-    def rows(self):
-        return None
-
-    def remainder(self, state, product):
-        alpha, last = optax.tree.vdot(state.vector, product), state.betas[state.step - 1]  # at step 0 the last one, 0
-        return jax.tree.map(lambda w, q, p: w - alpha * q - last * p, product, state.vector, self.previous)
-
-    def write(self, vector, step):
-        del step
-        return _LastVector(vector)
-
-
-def _empty_basis(vector, num_steps, where):
-    """Zeros for ``num_steps`` vectors, on the host, or each sharded over devices like this one."""
-
-    def zeros(x):
-        if where == "host":
-            return np.zeros((num_steps, *x.shape), x.dtype)
-        sharding = spread(x)
-        if sharding is not None:
-            spec = jax.sharding.PartitionSpec(None, *sharding.spec)
-            sharding = jax.sharding.NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
-        return jnp.zeros((num_steps, *x.shape), x.dtype, device=sharding)
-
-    return _Basis(jax.tree.map(zeros, vector)) if where else _LastVector(optax.tree.zeros_like(vector))
-
-
-@full_precision
-def _orthogonalize(basis, last, vector):
-    """The vector minus its projections onto the rows of the basis and the last vector, which is not yet a row."""
-    # Only methods and operators, so that numpy arrays stay in numpy.
-    triples = list(zip(*map(jax.tree.leaves, (basis, last, vector)), strict=True))
-    flat = [rows.reshape(len(rows), x.size) for rows, _, x in triples]
-    coefficients = sum(rows @ x.ravel() for rows, (_, _, x) in zip(flat, triples, strict=True))
-    overlap = sum(q.ravel() @ x.ravel() for _, q, x in triples)
-    rests = [
-        x - (coefficients @ rows).reshape(x.shape) - overlap * q for rows, (_, q, x) in zip(flat, triples, strict=True)
-    ]
-    return jax.tree.unflatten(jax.tree.structure(vector), rests)

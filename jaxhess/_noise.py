@@ -48,7 +48,12 @@ def ritz_run(found: Tridiagonal, vectors_of: Sequence[int] | None = None) -> Run
 
 
 def noise(
-    product: Any, wrap: Callable[[Partial, str], Callable], runs: Mapping[str, Run], like: PyTree, key: jax.Array
+    product: Any,
+    wrap: Callable[[Partial, str], Callable],
+    runs: Mapping[str, Run],
+    like: PyTree,
+    key: jax.Array,
+    apply: Callable[[Any, Mapping[str, PyTree]], Mapping[str, PyTree]] | None = None,
 ) -> dict[str, float]:
     """How much to add to the residuals of each run, for the runs of one product.
 
@@ -58,6 +63,7 @@ def noise(
       runs: {name: `Run`}.
       like: a pytree like what ``product`` takes.
       key: a JAX random key.
+      apply: ``apply(product, {name: rows})``, the products of each run's rows; by default one run after the other.
 
     Returns:
       {name: float}, in units of the eigenvalues.
@@ -65,11 +71,15 @@ def noise(
     Raises:
       ValueError: if products do not repeat themselves, or are those of a matrix that is not symmetric.
     """
+
+    def one_by_one(product, rows):
+        return {name: apply_rows(wrap(product, name), of_run) for name, of_run in rows.items()}
+
+    apply = apply or one_by_one
     eps, own = product.func.rounding(*product.args, like), own_eps(like)
-    found, products = {}, {}
+    found, products = {}, apply(product, {name: run.vectors for name, run in runs.items()})
     for name, run in runs.items():
         operator, scale = wrap(product, name), float(np.abs(run.values).max())
-        products[name] = _apply(operator, run.vectors)
         if run.residuals is None:
             excess = _turned(operator, run.vectors, products[name])[0] * _growth(products[name], scale)
         else:
@@ -80,13 +90,13 @@ def noise(
     changes = dict.fromkeys(runs, 0.0)
     for number in range(_MOVES):
         moved = product.func.perturbed(jax.random.fold_in(key, number), eps, *product.args)
+        if moved is None:
+            there = apply(product, {name: _jittered(run.vectors, eps, number) for name, run in runs.items()})
+        else:
+            there = apply(moved, {name: run.vectors for name, run in runs.items()})
         for name, run in runs.items():
-            if moved is None:
-                there = _apply(wrap(product, name), _jittered(run.vectors, eps, number))
-            else:
-                there = _apply(wrap(moved, name), run.vectors)
             scale = float(np.abs(run.values).max())
-            change = float(np.max(_norms(_minus(there, products[name]))))
+            change = float(np.max(_norms(_minus(there[name], products[name]))))
             if run.residuals is None:
                 change *= _growth(products[name], scale)
             changes[name] = max(changes[name], change if np.isfinite(change) else scale)
@@ -99,7 +109,7 @@ def _growth(products, scale):
     return scale / size if size else 0.0
 
 
-def _apply(operator, vectors):
+def apply_rows(operator: Callable, vectors: PyTree) -> PyTree:
     """Row by row, so that the one compiled product of Lanczos serves; in float64 on the host."""
     count = len(jax.tree.leaves(vectors)[0])
     rows = [operator(take_row(vectors, i)) for i in range(count)]
@@ -132,7 +142,7 @@ def _turned(operator, vectors, products):
     """
     norms = _norms(products)
     rests = jax.tree.map(lambda x: x / np.maximum(norms, 1e-300).reshape(-1, *[1] * (x.ndim - 1)), products)
-    turned = _apply(operator, jax.tree.map(lambda x, y: x.astype(y.dtype), rests, vectors))
+    turned = apply_rows(operator, jax.tree.map(lambda x, y: x.astype(y.dtype), rests, vectors))
     forms = sum(
         np.sum((a * to_host(y)).reshape(len(a), -1), axis=1)
         for a, y in zip(jax.tree.leaves(turned), jax.tree.leaves(vectors), strict=True)
@@ -145,7 +155,7 @@ def _refuse(operator, run, products, share):
     said = f"by {share:.1%} of its largest eigenvalue"
     rests = products if run.residuals is None else _residuals(products, run)
     different, size = _turned(operator, run.vectors, rests)
-    if np.max(_norms(_minus(_apply(operator, run.vectors), products))) > 0.1 * different:
+    if np.max(_norms(_minus(apply_rows(operator, run.vectors), products))) > 0.1 * different:
         raise ValueError(
             f"the operator gives another product for the same vector, {said}, so it has no spectrum; fix what changes "
             f"from call to call: put a dropout key into the batch, and give batches that repeat themselves"

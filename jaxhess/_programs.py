@@ -33,6 +33,12 @@ def equations(jaxpr: Any, in_loop: bool = False) -> Iterator[tuple[Any, bool]]:
                     yield from equations(inner, inside)
 
 
+def array_bytes(jaxpr: Any) -> list[int]:
+    """The bytes of each array that a program makes."""
+    made = [var.aval for eqn, _ in equations(jaxpr) for var in eqn.outvars if hasattr(var.aval, "dtype")]
+    return [aval.size * aval.dtype.itemsize for aval in made]
+
+
 def used_inputs(jaxpr: Any) -> list[bool]:
     """For each input of a jaxpr whether its outputs depend on it, also through what is jitted inside."""
     return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1]

@@ -10,14 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxhess._checks import standard_promotion
+from jaxhess._examples import cut, fits_into
 from jaxhess._products import At
-from jaxhess._trees import fold_in, inner, map_rows, random_like, squared_norm
+from jaxhess._trees import fold_in, inner, map_rows, random_like, squared_norm, tree_bytes
 from jaxhess.objective import Objective
 from jaxhess.selections import Layer
 
 PyTree = Any
-_GROUPS = 16  # of examples: with more of them the noise between examples is no longer felt
-_GROUP_BYTES = 2**28  # for the gradients of all groups and probes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +50,7 @@ class ProductSamples:
             parts = [inner(layer.arrays(v), layer.arrays(product_v)) for layer in self.layers]
             return parts if self.covered else [*parts, inner(v, product_v)]
 
-        return _with_total(map_rows(one, keys), self.covered)
+        return with_total(map_rows(one, keys), self.covered)
 
     def _spread(self, params, scales):
         """The scale of every parameter. What no layer holds has 1 if the total needs it, and else no probe."""
@@ -84,7 +83,7 @@ class FactorSamples:
 
     def keys_of_batch(self, keys, number):
         """A fresh draw for each batch: the estimate is a sum over examples."""
-        return keys if number is None else jax.vmap(fold_in, (0, None))(keys, number)
+        return fresh(keys, number)
 
     def __call__(self, params, batch, keys):
         outputs = self.objective.predict(params, batch)
@@ -94,17 +93,13 @@ class FactorSamples:
             return self.objective.criterion.factor_product(outputs, batch, noise)
 
         cotangents = jax.vmap(one)(keys)
-        count = self._groups(params, outputs, len(keys))
+        count = fits_into(self.of_examples, outputs, len(keys) * tree_bytes(params))
         if count == 1:
-            return _with_total(self._norms(params, batch, cotangents), self.covered)
-        cut = jnp.moveaxis(cotangents.reshape(len(keys), count, -1, *outputs.shape[1:]), 1, 0)
-        leaves, treedef = jax.tree.flatten(batch)
-        split = [
-            x.reshape(count, -1, *x.shape[1:]) if mine else x for x, mine in zip(leaves, self.of_examples, strict=True)
-        ]
-        axes = jax.tree.unflatten(treedef, [0 if mine else None for mine in self.of_examples])
-        parts = jax.vmap(self._norms, (None, axes, 0))(params, jax.tree.unflatten(treedef, split), cut)
-        return _with_total([part.sum(0) for part in parts], self.covered)
+            return with_total(self._norms(params, batch, cotangents), self.covered)
+        of_groups = jnp.moveaxis(cotangents.reshape(len(keys), count, -1, *outputs.shape[1:]), 1, 0)
+        split, join = cut(batch, self.of_examples, count)
+        parts = jax.vmap(lambda some, e: self._norms(params, join(some), e))(split, of_groups)
+        return with_total([part.sum(0) for part in parts], self.covered)
 
     def _norms(self, params, batch, cotangents):
         """For each layer (probes,), and for the whole net where the layers do not cover it."""
@@ -117,21 +112,17 @@ class FactorSamples:
 
         return jax.vmap(one)(cotangents)
 
-    def _groups(self, params, outputs, num_probes):
-        """How many groups of one size: as many as fit, up to `_GROUPS`."""
-        if self.of_examples is None:
-            return 1
-        bytes_each = num_probes * sum(x.nbytes for x in jax.tree.leaves(params))
-        most = min(_GROUPS, _GROUP_BYTES // max(1, bytes_each))
-        return next((g for g in range(most, 1, -1) if len(outputs) % g == 0), 1)
-
 
 Samples = ProductSamples | FactorSamples
 
 
+def fresh(keys: jax.Array, number: int | None) -> jax.Array:
+    """Keys of a batch of its own, for a number of it."""
+    return keys if number is None else jax.vmap(fold_in, (0, None))(keys, number)
+
+
 @standard_promotion
-def _with_total(parts, covered):
-    parts = jnp.stack(parts, axis=1)
-    if not covered:
-        return parts
-    return jnp.concatenate([parts, parts.sum(1, keepdims=True)], axis=1)
+def with_total(parts: list, covered: bool) -> jax.Array:
+    """(probes, layers + 1), with the sum of the layers if the last part is not of the whole net already."""
+    samples = jnp.stack(parts, axis=1)
+    return jnp.concatenate([samples, samples.sum(1, keepdims=True)], axis=1) if covered else samples

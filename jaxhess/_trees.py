@@ -167,6 +167,11 @@ def tree_size(tree: PyTree) -> int:
     return sum(int(np.size(x)) for x in jax.tree.leaves(tree))
 
 
+def tree_bytes(tree: PyTree) -> int:
+    """What all arrays take."""
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+
 def own_eps(like: PyTree) -> float:
     """Rounding of the precision in which products are taken: that of ``like``, but at least float32."""
     return max(float(jnp.finfo(at_least_float32(x)).eps) for x in jax.tree.leaves(like))

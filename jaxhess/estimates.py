@@ -48,6 +48,11 @@ class Estimate(_Estimate):
         self.method = method
         return self
 
+    def plus(self, other: Estimate) -> Estimate:
+        """The sum with an independent one, in whose probes it is counted; of this one's method."""
+        error = np.hypot(self.std_error, other.std_error)
+        return Estimate(self.mean + other.mean, error, other.num_probes, self.method)
+
     def __str__(self) -> str:
         exact = isinstance(self.num_probes, int) and self.num_probes == 0 and self.std_error <= 1e-3 * abs(self.mean)
         return f"{self.mean:.4g} {'exact' if exact else f'+- {self.std_error:.2g}'}"
@@ -110,10 +115,10 @@ class Plan:
             ):
                 return estimates
 
-    def of_ggn(self) -> Plan:
-        """For G where it is a part: its probes vary less than those of H, and are dearer."""
-        rtol, atol = (None if x is None else x / 4 for x in (self.rtol, self.atol))
-        return Plan(max(_LEAST, self.num_probes // 4), rtol, atol, self.max_probes, self.chunk_size)
+    def of_ggn(self, share: int) -> Plan:
+        """For G where it is a part, with one in ``share`` of the probes."""
+        rtol, atol = (None if x is None else x / share**0.5 for x in (self.rtol, self.atol))
+        return Plan(max(_LEAST, self.num_probes // share), rtol, atol, self.max_probes, self.chunk_size)
 
     def tolerance(self, mean: float) -> float:
         """The largest standard error that is wanted for a mean."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import zlib
 from collections.abc import Callable
 from functools import partial
@@ -13,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxhess._blocks import advance, blocks_of, products_of_rows
 from jaxhess._checks import NotFiniteError, check_choice, check_count, check_key, check_like
 from jaxhess._diagnosis import why_not_finite
 from jaxhess._functional import h_product, layers_without_h
-from jaxhess._lanczos import lanczos, lanczos_beside, ritz
+from jaxhess._lanczos import Steps, check_basis, drive, lanczos_beside, lanczos_steps, ritz
 from jaxhess._linear import as_linear
 from jaxhess._noise import Run, noise, ritz_run
 from jaxhess._rows import NoGramError
@@ -93,7 +95,7 @@ def spectrum(
     check_like("like", like)
     runs = Runs(num_steps, num_draws, reorthogonalize, weights)
     operator = as_linear(operator)
-    found = {"": runs.quadrature(operator, like, key, progress)}
+    found = {"": drive(runs.steps(like, key, progress), operator)}
     return _with_noise(operator, lambda product, _: product, found, like, key)[""]
 
 
@@ -110,6 +112,7 @@ class Runs:
         check_choice("weights", self.weights, ("deflated", "plain"))
         check_count("num_steps", self.num_steps)
         check_count("num_draws", self.num_draws)
+        check_basis(self.reorthogonalize)
 
     def count(self, dim: int) -> int:
         """The steps that are taken: all of a small operator once, or those of each draw."""
@@ -120,28 +123,29 @@ class Runs:
         share = 1 / _SHARE if self.weights == "deflated" else 0
         return (1 + share) * self.num_steps >= dim and self.reorthogonalize
 
-    def quadrature(self, operator: Callable, like: PyTree, key: jax.Array, progress: Any) -> tuple[Spectrum, Run]:
+    def steps(self, like: PyTree, key: jax.Array, progress: Any) -> Steps:
         """The spectrum as the recurrence has it, and what its noise is measured at: the `Run` of the first draw."""
         dim = tree_size(like)
-        run = partial(lanczos, operator, reorthogonalize=self.reorthogonalize)
+        run = partial(lanczos_steps, reorthogonalize=self.reorthogonalize)
         if self._takes_all(dim):
-            found = run(random_like(key, like), dim, restart_key=jax.random.fold_in(key, 1), progress=progress)
+            restart = jax.random.fold_in(key, 1)
+            found = yield from run(random_like(key, like), dim, restart_key=restart, progress=progress)
             values, _, residuals = ritz(found.alphas, found.betas)
             return Spectrum(values, np.full(dim, 1 / dim), dim, self.num_steps, residuals), ritz_run(found)
         steps, draws, checked = min(self.num_steps, dim), [], Check()
         deflate = self.weights == "deflated" and self.reorthogonalize  # ghost copies would each be an eigenvalue
         for draw in range(self.num_draws):
             report = _shifted(progress, draw * steps, self.num_draws * steps)
-            found = run(random_like(jax.random.fold_in(key, draw), like), steps, progress=report)
+            found = yield from run(random_like(jax.random.fold_in(key, draw), like), steps, progress=report)
             draws.append(_nodes(found.alphas, found.betas))
             if draw == 0:
                 first = ritz_run(found) if self.reorthogonalize else _blind_run(like, key, draws[0].nodes)
-                checked = self._check(operator, found, draws[0], like, key) if deflate else checked
+                checked = (yield from self._check(found, draws[0], like, key)) if deflate else checked
         nodes, weights, residuals, fixed = deflated(draws, dim, checked) if deflate else plain(draws)
         count = len(draws) + (checked.draw is not None)
         return Spectrum(nodes, weights, dim, self.num_steps, residuals, count, fixed), first
 
-    def _check(self, operator, found, nodes, like, key):
+    def _check(self, found, nodes, like, key):
         """What a quarter as many steps find in the complement of the converged Ritz vectors."""
         steps, values = max(1, self.num_steps // _SHARE), converged(nodes)
         if not 0 < len(values) < tree_size(like):
@@ -153,7 +157,7 @@ class Runs:
         rows = combine(found.basis, places.T)
         if self.reorthogonalize != "host":
             rows = jax.tree.map(jnp.asarray, rows)
-        again = lanczos_beside(rows, len(values), np.abs(nodes.nodes).max(), operator, start, steps)
+        again = yield from lanczos_beside(rows, len(values), np.abs(nodes.nodes).max(), start, steps)
         early = _nodes(found.alphas[:steps], found.betas[:steps])
         return check(nodes, early, _nodes(again.alphas, again.betas), tree_size(like))
 
@@ -171,10 +175,10 @@ def _blind_run(like, key, values):
     return Run(values[[0, -1]], jax.tree.map(lambda x: x[None] / size.astype(x.dtype), vector), None)
 
 
-def _with_noise(operator, part_of, found, like, key):
+def _with_noise(operator, part_of, found, like, key, apply=None):
     """{name: Spectrum}, in whose residuals is what the products are worth."""
     key, runs = jax.random.fold_in(key, _CHECK), {name: run for name, (_, run) in found.items()}
-    added = noise(operator, part_of, runs, like, key)
+    added = noise(operator, part_of, runs, like, key, apply)
     return {
         name: dataclasses.replace(spec, residuals=spec.residuals + added[name]) for name, (spec, _) in found.items()
     }
@@ -303,28 +307,53 @@ def _gram_spectra(problem, names, num_steps, max_bytes, progress):
 
 
 def _lanczos_spectra(problem, curvature, parts, key, runs, progress):
-    operator = product(curvature, problem)
+    """By the products of all blocks at once where they can be had, else one layer after the other."""
+    likes = {name: layer.take(problem.params) for name, (_, layer) in parts.items()}
+    report = _counted(progress, sum(runs.count(tree_size(like)) for like in likes.values()))
+    steps = {name: runs.steps(likes[name], jax.random.fold_in(key, i), report) for name, (i, _) in parts.items()}
+    layers = {name: layer for name, (_, layer) in parts.items() if layer is not problem.whole}
+    found = {}
+    if (blocks := blocks_of(problem, curvature, list(layers.values()), runs.num_steps)) is not None:
+        found = _together(problem, blocks, {name: (likes[name], steps[name]) for name in layers}, key)
+    left = {name: (layer, steps[name]) for name, (_, layer) in parts.items() if name not in found}
+    return found | _one_by_one(problem, curvature, left, key)
+
+
+def _together(problem, blocks, parts, key):
+    likes = tuple(like for like, _ in parts.values())
+    operator, zeros = linearize(blocks, like=likes), optax.tree.zeros_like(likes)
+    found = advance(operator, {name: steps for name, (_, steps) in parts.items()}, zeros)
+
+    def part_of(operator, name):
+        number = list(parts).index(name)
+        return lambda v: operator((*zeros[:number], v, *zeros[number + 1 :]))[number]
+
+    return _with_noise(operator, part_of, found, likes, key, products_of_rows)
+
+
+def _one_by_one(problem, curvature, parts, key):
+    operator, zeros = product(curvature, problem), optax.tree.zeros_like(problem.params)
     if not problem.many:
         operator = linearize(operator, like=problem.params)
 
-    zeros = optax.tree.zeros_like(problem.params)
-
     def part_of(operator, name):
-        layer = parts[name][1]
+        layer = parts[name][0]
         return operator if layer is problem.whole else block(operator, layer, zeros)
 
-    likes = {name: layer.take(problem.params) for name, (_, layer) in parts.items()}
-    steps = {name: runs.count(tree_size(like)) for name, like in likes.items()}
-    found, before = {}, 0
-    for name, (i, _) in parts.items():
-        report = _shifted(progress, before, sum(steps.values()))
+    found = {}
+    for name, (_, steps) in parts.items():
         try:
-            found[name] = runs.quadrature(part_of(operator, name), likes[name], jax.random.fold_in(key, i), report)
+            found[name] = drive(steps, part_of(operator, name))
         except NotFiniteError:
             why = why_not_finite(curvature, problem.loss, problem.params, problem.batch)
             raise NotFiniteError(f"products of the curvature of {name!r} are not finite: {why}") from None
-        before += steps[name]
     return _with_noise(operator, part_of, found, problem.params, key)
+
+
+def _counted(progress, total):
+    """Progress in steps of several recurrences, whichever takes one."""
+    done = itertools.count(1)
+    return None if progress is None else lambda *_: progress(min(next(done), total), total)
 
 
 def _equal_to_ggn(problem, curvature, parts, key):

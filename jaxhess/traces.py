@@ -7,20 +7,18 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxhess._allocation import share_out
 from jaxhess._checks import NotFiniteError, check_choice, check_key, check_like, is_traced
 from jaxhess._columns import columns, columns_of, small_layers
 from jaxhess._diagnosis import why_not_finite
 from jaxhess._functional import PATIENCE, h_product, layers_without_h
 from jaxhess._linear import as_linear
+from jaxhess._probing import by_probes, by_sweeps, to_tolerance, zeros
 from jaxhess._rows import NoGramError
-from jaxhess._samples import FactorSamples, ProductSamples, Samples
 from jaxhess._scales import scales_of
+from jaxhess._sweep import sweep_of
 from jaxhess._trees import (
-    automatic,
     draw_keys,
     inner,
     random_like,
@@ -32,7 +30,7 @@ from jaxhess._xtrace import samples as xtrace
 from jaxhess.estimates import Estimate, Plan
 from jaxhess.gram import row_traces
 from jaxhess.objective import NoFactorError, Objective, factored
-from jaxhess.operators import product, product_at
+from jaxhess.operators import product
 from jaxhess.problem import Problem, check_values, pose
 from jaxhess.selections import Selections
 
@@ -214,62 +212,23 @@ def traces_of(
     if method != "auto" or is_traced(problem.params, problem.first, key):
         if method == "split":
             return _split(problem, key, plan, probe)
-        return _by_probes(problem, curvature, problem.layers, key, plan, probe)
+        return by_probes(problem, curvature, problem.layers, key, plan, probe)
     if curvature == "ggn":
         if _rows_are_cheap(problem, plan):
             return _exact(problem, "ggn")
-        return _by_probes(problem, curvature, problem.layers, key, plan, probe, "auto")
+        return by_probes(problem, curvature, problem.layers, key, plan, probe, "auto")
     small = small_layers(problem, plan)
     if len(small) == len(problem.layers) and problem.covered:
         return _exact(problem, curvature)
     if curvature == "hessian" and _splits(problem):
         found = _split(problem, key, plan, probe)
+    elif curvature == "functional" and (sweep := sweep_of(problem, sampler(probe))):
+        found = zeros(problem, "exact") | by_sweeps(problem, sweep, key, plan, probe, zeros(problem, "hutchinson"))
     else:
-        by = _to_tolerance if plan.adaptive else partial(_by_probes, layers=problem.layers)
+        by = to_tolerance if plan.adaptive else partial(by_probes, layers=problem.layers)
         scales = scales_of(product(curvature, problem), problem, problem.layers, key)
         found = by(problem, curvature, key=key, plan=plan, probe=probe, scales=scales)
     return found | columns_of(problem, curvature, [x for x in small if found[x.name].method != "exact"])
-
-
-def _to_tolerance(problem, curvature, key, plan, probe, known=None, scales=None):
-    """By probes of all layers and of single ones, to a tolerance; of those layers whose values they add to."""
-    known = known or {name: Estimate(0.0, 0.0, 0) for name in (*(layer.name for layer in problem.layers), "total")}
-    layers = tuple(layer for layer in problem.layers if layer.name in known)
-    samples = _samples(problem, curvature, layers, probe, "hutchinson")
-
-    def draw(keys, only):
-        return problem.mean(samples, lambda number: (keys, scales, jnp.int32(only)))
-
-    found = dict(zip(known, share_out(draw, key, plan, list(known.values())), strict=True))
-    if bad := [name for name, e in found.items() if not np.isfinite(e.mean)]:
-        why = why_not_finite(curvature, problem.loss, problem.params, problem.batch)
-        raise NotFiniteError(f"probes gave values that are not finite for {bad}: {why}")
-    return found
-
-
-def _by_probes(problem, curvature, layers, key, plan, probe, method="hutchinson", scales=None):
-    """Of some layers, and of the sum over these."""
-    names = [*(layer.name for layer in layers), "total"]
-    samples = _samples(problem, curvature, layers, probe, method)
-    more = () if scales is None else (scales,)
-
-    def draw(keys):
-        return problem.mean(samples, lambda number: (samples.keys_of_batch(keys, number), *more))
-
-    why = partial(why_not_finite, curvature, problem.loss, problem.params, problem.batch)
-    return dict(zip(names, plan.estimate(draw, why, key, names), strict=True))
-
-
-def _samples(problem, curvature, layers, probe, method) -> Samples:
-    criterion = factored(problem.loss.criterion, problem.outputs, problem.first) if curvature == "ggn" else None
-    if criterion is None:
-        at = product_at(curvature, problem, problem.whole)
-        return ProductSamples(at, layers, sampler(probe), problem.covered)
-    leaves = jax.tree.leaves((problem.params, problem.first))
-    groups = method == "auto" and not is_traced(leaves) and all(automatic(x) is x for x in leaves)
-    objective = Objective(problem.loss.predict, criterion)
-    of_examples = problem.of_examples if groups else None
-    return FactorSamples(objective, layers, sampler(probe), problem.covered, of_examples)
 
 
 # ---- exact ones ----
@@ -321,14 +280,14 @@ def _splits(problem):
 
 def _split(problem, key, plan, probe):
     ggn_key, key = jax.random.split(key)
-    try:
-        ggn = traces_of(problem, "ggn", ggn_key, plan.of_ggn(), probe, "auto")
-    except NoGramError:
-        ggn = traces_of(problem, "ggn", ggn_key, plan.of_ggn(), probe, "hutchinson")
-    ggn = {name: Estimate(*e, "split" if e.num_probes else "exact") for name, e in ggn.items()}
+    sweep = sweep_of(problem, sampler(probe))
+    ggn = _ggn(problem, ggn_key, plan.of_ggn(4 if sweep is None else 1), probe)
+    part = {name: Estimate(e.mean, e.std_error, e.num_probes, "split") for name, e in ggn.items()}
+    if sweep is not None:
+        return ggn | by_sweeps(problem, sweep, key, plan, probe, part)
     functional = h_product(problem)
     zero = layers_without_h(functional, problem, problem.layers, key, PATIENCE)
-    left = {name: Estimate(e.mean, e.std_error, e.num_probes, "split") for name, e in ggn.items() if name not in zero}
+    left = {name: e for name, e in part.items() if name not in zero}
     if list(left) == ["total"]:  # which takes in what no group holds
         rest = () if problem.covered else problem.parts()
         if len(layers_without_h(functional, problem, rest, key, patience=1)) == len(rest):
@@ -336,12 +295,18 @@ def _split(problem, key, plan, probe):
     layers = tuple(layer for layer in problem.layers if layer.name in left)
     scales = scales_of(functional, problem, layers, key)
     if plan.adaptive:
-        return ggn | _to_tolerance(problem, "functional", key, plan, probe, left, scales)
-    found = _by_probes(problem, "functional", layers, key, plan, probe, scales=scales)
-    return ggn | {
-        name: Estimate(left[name].mean + e.mean, np.hypot(left[name].std_error, e.std_error), e.num_probes, "split")
-        for name, e in found.items()
-    }
+        return ggn | to_tolerance(problem, "functional", key, plan, probe, left, scales)
+    found = by_probes(problem, "functional", layers, key, plan, probe, scales=scales)
+    return ggn | {name: left[name].plus(e) for name, e in found.items()}
+
+
+def _ggn(problem, key, plan, probe):
+    """G as a part of the Hessian."""
+    try:
+        found = traces_of(problem, "ggn", key, plan, probe, "auto")
+    except NoGramError:
+        found = traces_of(problem, "ggn", key, plan, probe, "hutchinson")
+    return {name: Estimate(*e, "split" if e.num_probes else "exact") for name, e in found.items()}
 
 
 @jax.jit

@@ -25,14 +25,14 @@ ALLOWED = {"jax", "numpy", "scipy", "optax"}
 # Each floor may import those above it only.
 FLOORS = [
     {"_checks", "_cover", "_indices", "_order", "_programs", "_slips", "_softmax", "_versions", "_weights"},
-    {"_factor", "_trees", "batches", "logits", "spectra"},
-    {"_linear", "_subspace", "_xtrace", "estimates", "layers", "objective"},
+    {"_curves", "_factor", "_trees", "batches", "logits", "spectra"},
+    {"_basis", "_linear", "_subspace", "_xtrace", "estimates", "layers", "objective"},
     {"_examples", "_lanczos", "criteria", "preconditioning", "selections"},
     {"_allocation", "_noise", "_products", "diagonals"},
     {"_samples", "eigenpairs", "problem"},
-    {"_diagnosis", "_finite", "regularizer", "sharpness"},
-    {"_rows", "operators", "transform"},
-    {"_columns", "_functional", "_scales", "gram", "stability"},
+    {"_diagnosis", "_finite", "_sweep", "regularizer", "sharpness"},
+    {"_blocks", "_rows", "operators", "transform"},
+    {"_columns", "_functional", "_probing", "_scales", "gram", "stability"},
     {"classes", "interactions", "traces"},
     {"quadrature"},
     {"summary"},
@@ -40,7 +40,7 @@ FLOORS = [
 ]
 # What each knows of networks, beside arrays and trees: nothing.
 PURE = {
-    "_lanczos": {"_checks", "_linear", "_programs", "_trees"},
+    "_lanczos": {"_basis", "_checks", "_linear", "_programs", "_trees"},
     "spectra": {"_checks"},
     "eigenpairs": {"_checks", "_lanczos", "_linear", "_noise", "_programs", "_subspace", "_trees"},
     "preconditioning": {"_checks", "_linear", "_programs", "_trees"},

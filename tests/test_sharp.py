@@ -9,7 +9,8 @@ from helpers import problem
 
 import jaxhess as jh
 from jaxhess import _weights
-from jaxhess._lanczos import lanczos_beside
+from jaxhess._lanczos import drive, lanczos_beside
+from jaxhess._linear import as_linear
 
 DIM = 200
 BULK = np.sort(np.random.default_rng(0).uniform(0, 1, DIM))
@@ -212,7 +213,7 @@ def test_the_complement_of_the_range_of_an_operator_is_zero():
     operator = helpers.as_operator(helpers.rotated(values).astype(np.float32))
     rows = jnp.zeros((30, DIM)).at[:20].set(np.linalg.eigh(helpers.matrix(operator, jnp.zeros(DIM)))[1][:, -20:].T)
     start = jax.random.normal(jax.random.key(0), (DIM,))
-    found = lanczos_beside(rows, 20, 20.0, operator, start, 10)
+    found = drive(lanczos_beside(rows, 20, 20.0, start, 10), as_linear(operator))
     assert found.num_steps == 1 and abs(found.alphas[0]) < 1e-4
 
 
@@ -248,16 +249,16 @@ def test_layers_get_probes_of_their_own_under_a_tolerance(name, curvature):
 
 
 def test_a_quiet_layer_beside_loud_ones_takes_few_probes():
-    """Of a block of trace 1 whose rows hold large blocks with another layer."""
-    rng = np.random.default_rng(0)
-    a = {"quiet": jnp.eye(40) / 40, "loud": jnp.eye(40), "between": jnp.asarray(rng.normal(size=(40, 40)), jnp.float32)}
+    """Of a block of trace 1 whose rows hold large blocks with another layer; neither is small enough for columns."""
+    rng, n = np.random.default_rng(0), 300
+    a = {"quiet": jnp.eye(n) / n, "loud": jnp.eye(n), "between": jnp.asarray(rng.normal(size=(n, n)), jnp.float32)}
 
     def loss(p, batch):
         quiet, loud = p["quiet"]["w"], p["loud"]["w"]
         cross = quiet @ a["between"] @ loud
         return 0.5 * (quiet @ a["quiet"] @ quiet + loud @ a["loud"] @ loud) + cross + 0 * batch.sum()
 
-    params = {"quiet": {"w": jnp.zeros(40)}, "loud": {"w": jnp.zeros(40)}}
+    params = {"quiet": {"w": jnp.zeros(n)}, "loud": {"w": jnp.zeros(n)}}
     found = {
         method: jh.layer_traces(
             loss, params, jnp.ones(1), key=jax.random.key(0), rtol=0.1, max_probes=128, method=method
@@ -314,7 +315,9 @@ def test_where_h_is_zero_the_traces_of_hess_are_those_of_g():
     hessian, ggn = (
         jh.layer_traces(objective, params, batch, key=jax.random.key(0), curvature=c) for c in ("hessian", "ggn")
     )
-    assert hessian == ggn and {e.method for e in hessian.values()} == {"exact"}
+    for name, exact in ggn.items():
+        assert hessian[name].method == exact.method == "exact"
+        assert abs(hessian[name].mean - exact.mean) < hessian[name].std_error + exact.std_error < 1e-4
 
 
 @pytest.mark.parametrize("method", ["auto", "split"])

@@ -1,0 +1,175 @@
+"""Samples of Tr(H_l) of all layers from one sweep forward, each layer by itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxhess._checks import is_traced
+from jaxhess._curves import curves_of, second_order
+from jaxhess._examples import cut, fits_into
+from jaxhess._programs import array_bytes, program
+from jaxhess._samples import fresh
+from jaxhess._trees import automatic, fold_in, on_cpu, random_like, spread
+from jaxhess.logits import Logits
+from jaxhess.objective import Objective
+from jaxhess.problem import Problem, compute
+from jaxhess.selections import Layer
+
+PyTree = Any
+_CACHED = 2**24  # bytes of the widest array of a sweep, up to which probes go side by side on a CPU
+_ROOM = 2**28  # the same on other devices, and for groups of examples side by side
+_MOST = 2**30  # the same of one probe of one group: where it takes more, there is no sweep
+PRODUCT = 8  # passes forward that a product with the whole net takes the time of; a sweep takes one for each layer
+_LEAST = 16  # sweeps, from whose deviations a standard error is worth something
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepSamples:
+    """v_l . (H_l v_l) of every layer by itself, with a v of its own for each group of examples.
+
+    With the slope g of the criterion it is <g, d^2 predict(p + t v_l) / dt^2>, from one sweep forward. The variance,
+    2 * (sum over groups of ||H_l||_F^2), has nothing of the blocks between layers or of the products between groups.
+
+    A call returns the samples, and for each layer 0 where no operation bends what it moves, so that H_l = 0; else 1.
+    """
+
+    objective: Objective
+    layers: tuple[Layer, ...]
+    distribution: Callable
+    parts: tuple[Layer, ...] = ()  # that add up to the whole net, where the layers do not
+    of_examples: tuple[bool, ...] | None = None  # which arrays of the batch hold an entry for each example
+    at_a_time: int = 1  # groups that are taken side by side
+
+    def keys_of_batch(self, keys, number):
+        """A fresh draw for each batch: the estimate is a sum over examples."""
+        return fresh(keys, number)
+
+    def __call__(self, params, batch, keys):
+        outputs = self.objective.predict(params, batch)
+        slope = jax.grad(self.objective.criterion)(outputs, batch)
+        count = fits_into(self.of_examples, outputs, len(keys) * self.bytes_each(params))
+        if count == 1:
+            return self._with_total(*self._forms(params, batch, slope, keys))
+
+        def of_group(some, slope, number):
+            return self._forms(params, join(some), slope, jax.vmap(fold_in, (0, None))(keys, number))
+
+        split, join = cut(batch, self.of_examples, count)
+        groups = split, slope.reshape(count, -1, *slope.shape[1:]), jnp.arange(count)
+        if self.at_a_time >= count:
+            samples, bent = jax.vmap(of_group)(*groups)
+        else:
+            samples, bent = jax.lax.map(lambda group: of_group(*group), groups, batch_size=self.at_a_time)
+        return self._with_total(samples.sum(0), bent[0])
+
+    def _forms(self, params, batch, slope, keys):
+        """(layers, probes) forms of the layers and parts; and for each whether it bends."""
+        leaves, treedef = jax.tree.flatten(params)
+        vectors = jax.vmap(lambda key: random_like(key, params, self.distribution))(keys)
+        layers = self.layers + self.parts
+        curves = curves_of(leaves, layers, [layer.arrays(vectors, axes=1) for layer in layers])
+        (found,) = second_order(lambda *x: self.objective.predict(treedef.unflatten(x), batch), leaves, curves)
+        forms, bent = jnp.zeros((len(layers), len(keys)), slope.dtype), np.zeros(len(layers))
+        if found is not None and found.second is not None:
+            forms = forms.at[jnp.array(found.layers)].set(
+                jnp.tensordot(found.second.astype(slope.dtype), slope, slope.ndim)
+            )
+            bent[list(found.bent)] = 1
+        return forms, jnp.array(bent)
+
+    def _with_total(self, forms, bent):
+        """(probes, layers + 1), and the same of what bends."""
+        first = len(self.layers) if self.parts else 0
+        samples = [*forms[: len(self.layers)], forms[first:].sum(0)]
+        return jnp.stack(samples, axis=1), jnp.append(bent[: len(self.layers)], bent[first:].max())
+
+    def bytes_each(self, params: PyTree) -> int:
+        """What the vectors of one probe of one group take."""
+        leaves = jax.tree.leaves(params)
+        return sum(leaves[piece.leaf].nbytes for layer in self.layers + self.parts for piece in layer.pieces)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Sweeps over all layers of a problem.
+
+    Attributes:
+      samples: what one gives.
+      side_by_side: the most probes at a time.
+    """
+
+    problem: Problem
+    samples: SweepSamples
+    side_by_side: int
+
+    def draw(self, keys: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+        """(keys, layers + 1) samples, and (layers + 1,) whether there is an H."""
+        most = min(self.side_by_side, len(keys))
+        each = next(size for size in range(most, 0, -1) if len(keys) % size == 0)
+        parts = [self._mean(keys[i : i + each]) for i in range(0, len(keys), each)]
+        return np.concatenate([np.asarray(samples) for samples, _ in parts]), np.asarray(parts[0][1]) > 0
+
+    def _mean(self, keys):
+        samples = self.samples
+        return self.problem.mean(samples, lambda number: (samples.keys_of_batch(keys, number),))
+
+    @property
+    def price(self) -> float:
+        """Of a sweep, in products with the whole net."""
+        return max(1.0, len(self.problem.layers) / PRODUCT)
+
+    def count(self, num_probes: int) -> int:
+        """As many as take the time of so many products with the whole net, but not too few."""
+        return min(num_probes, max(_LEAST, round(num_probes / self.price)))
+
+
+def sweep_of(problem: Problem, distribution: Callable) -> Sweep | None:
+    """Where the outputs have second derivatives in forward mode, and room for those along all layers; else None."""
+    if not isinstance(problem.loss, Objective) or isinstance(problem.outputs, Logits):
+        return None
+    parts = () if problem.covered else problem.parts()
+    groups = fits_into(problem.of_examples, problem.outputs, 0)
+    side_by_side, share = room_for(problem, problem.loss.predict, problem.layers + parts, groups)
+    at_a_time = max(1, int(share * groups))
+    samples = SweepSamples(problem.loss, problem.layers, distribution, parts, problem.of_examples, at_a_time)
+    if samples.bytes_each(problem.params) > _ROOM and any(spread(x) for x in jax.tree.leaves(problem.params)):
+        return None  # no device has room for the vectors
+    if side_by_side and works(problem, samples, jax.random.split(jax.random.key(0), 1)):
+        return Sweep(problem, samples, side_by_side)
+    return None
+
+
+def room_for(problem: Problem, function: Callable, layers: Sequence[Layer], groups: int = 1) -> tuple[int, float]:
+    """(directions in each layer side by side, share of the examples side by side) of a sweep; (0, 0) for no sweep.
+
+    Args:
+      problem: whose derivatives in forward mode are asked for.
+      function: ``function(params, batch)``.
+      layers: that are moved.
+      groups: of examples, which may be taken one after another.
+    """
+    leaves = jax.tree.leaves((problem.params, problem.first))
+    if problem.finite or is_traced(leaves) or any(automatic(x) is not x for x in leaves):
+        return 0, 0.0
+    made = program(function, problem.params, problem.first)
+    wide = max(1, 2 * len(layers) * max(array_bytes(made), default=0))
+    if wide > groups * _MOST:
+        return 0, 0.0
+    room = _CACHED if all(on_cpu(x) for x in leaves if isinstance(x, jax.Array)) else _ROOM
+    return max(1, room // wide), min(1.0, _ROOM / wide)
+
+
+def works(problem: Problem, function: Callable, *args: Any) -> bool:
+    """Whether a sweep can be traced: a custom_vjp has no derivatives in forward mode, some operations have no rows."""
+    try:  # the trace is kept for the first sweep
+        jax.eval_shape(partial(compute, function), problem.params, problem.first, args)
+    except (TypeError, NotImplementedError):
+        return False
+    return True

@@ -1,0 +1,266 @@
+"""Second derivatives along directions in single layers: of many operations, as samples of traces, and as products."""
+
+import flax.linen as nn
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import problem
+
+import jaxhess as jh
+from jaxhess import quadrature
+from jaxhess._blocks import Blocks
+from jaxhess._curves import Curve, second_order
+from jaxhess._sweep import sweep_of
+from jaxhess._trees import draw_keys, sampler
+from jaxhess.problem import pose
+
+X, IMAGES = helpers.normal(0, 4, 6), helpers.normal(1, 2, 8, 8, 3)
+W, V, SQUARE, KERNEL = (helpers.normal(*at) for at in ((2, 6, 5), (3, 5, 3), (4, 6, 6), (5, 3, 3, 3, 4)))
+
+
+def conv(w):
+    return jax.lax.conv_general_dilated(IMAGES, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+VALUES = helpers.normal(6, 2, 3, 1, 5)
+
+
+def attention(q, k):
+    return jax.nn.dot_product_attention(
+        q.reshape(2, 3, 1, 5), k.reshape(2, 3, 1, 5), jnp.ones((2, 3, 1, 5)) * X[:2, :3, None, None]
+    )
+
+
+# function, arguments, and which of them bend it
+OPERATIONS = {
+    "square": (lambda w: w * w, [W], {0}),
+    "relu": (lambda w, v: jax.nn.relu(X @ w) @ v, [W, V], set()),
+    "tanh": (lambda w, v: jnp.tanh(X @ w) @ v, [W, V], {0}),
+    "tied": (lambda w: jnp.tanh(X @ w) @ w.T, [W], {0}),
+    "gelu and layer norm": (lambda w: nn.standardize(jax.nn.gelu(X @ w)), [W], {0}),
+    "log softmax": (lambda w: jax.nn.log_softmax(X @ w), [W], {0}),
+    "attention": (attention, [W, W + 1], {0, 1}),
+    "max pool": (lambda w: nn.max_pool(jnp.tanh(conv(w)), (2, 2), (2, 2)), [KERNEL], {0}),
+    "average pool": (lambda w: nn.avg_pool(jax.nn.relu(conv(w)), (2, 2), (2, 2)), [KERNEL], set()),
+    "scan": (lambda w: jax.lax.scan(lambda c, x: (jnp.tanh(c @ w), c), X, jnp.arange(3)), [SQUARE], {0}),
+    "loop": (lambda w: jax.lax.fori_loop(0, 3, lambda i, c: jnp.tanh(c @ w), X), [SQUARE], {0}),
+    "cond": (lambda w: jax.lax.cond(X[0, 0] > 9, lambda w: X @ w, lambda w: jnp.tanh(X @ w), w), [W], {0}),
+    "checkpoint": (jax.checkpoint(lambda w: jnp.tanh(X @ w) ** 2), [W], {0}),
+    "jit": (jax.jit(lambda w, v: (X @ w) @ (2 * v)), [W, V], set()),
+    "gather and scatter": (lambda w: jnp.zeros((9, 5)).at[jnp.array([0, 0, 1])].add(w[1:4]) ** 3, [W], {0}),
+    "sort": (lambda w: jnp.sort(jnp.tanh(w), -1), [W], {0}),
+    "solve": (lambda w: jnp.linalg.solve(w @ w.T + jnp.eye(6), X[0]), [W], {0}),
+    "complex": (lambda w: jnp.abs(jnp.exp(1j * (X @ w)) + 2.0), [W], {0}),
+    "whole numbers": (lambda w: w[jnp.argmax(X, axis=1)] * jnp.round(3 * w[:1]), [W], {0}),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_second_derivatives_are_those_of_each_direction_by_itself(name):
+    function, args, bending = OPERATIONS[name]
+    curves = [Curve((i,), (helpers.normal(7 + i, 1, 2, *x.shape),)) for i, x in enumerate(args)]
+    found = second_order(function, args, curves)
+    summed = second_order(function, args, curves, summed=True)
+    for number, curve in enumerate(found):
+        if curve is None:
+            continue
+        assert curve.bent <= bending
+        total = 0.0
+        for row, layer in enumerate(curve.layers):
+            for probe in range(2):
+
+                def along(t, layer=layer, probe=probe, number=number):
+                    moved = [x + t * (i == layer) * curves[i].firsts[0][0, probe] for i, x in enumerate(args)]
+                    return jax.tree.leaves(function(*moved))[number]
+
+                expected = jax.jacfwd(jax.jacfwd(along))(0.0)
+                got = jnp.zeros_like(expected) if curve.second is None else curve.second[row, probe]
+                np.testing.assert_allclose(got, expected, atol=1e-4 * max(1, np.abs(expected).max()))
+                assert layer in curve.bent or not np.any(expected)
+                total += expected
+        if summed[number].second is not None:
+            np.testing.assert_allclose(summed[number].second, total, atol=1e-4 * max(1, np.abs(total).max()))
+    assert {layer for curve in found if curve for layer in curve.bent} == bending
+
+
+# ---- samples of traces ----
+
+
+@pytest.fixture(scope="module")
+def made():
+    params = helpers.dense_layers([5, 4, 4, 3])
+    batch = {"x": helpers.normal(1, 6, 5), "label": helpers.labels(2, 3, 6)}
+    return helpers.Problem(jh.Objective(helpers.mlp, jh.cross_entropy), params, batch)
+
+
+def posed(made, layers=None, batch=None):
+    return pose("functional", made.objective, made.params, made.batch if batch is None else batch, False, layers)
+
+
+def samples_of(problem, probe="rademacher", count=4096, **changes):
+    sweep = sweep_of(problem, sampler(probe))
+    object.__setattr__(sweep, "side_by_side", count)
+    for name, value in changes.items():
+        object.__setattr__(sweep.samples, name, value)
+    samples, bends = sweep.draw(draw_keys(jax.random.key(0), 0, count))
+    return np.asarray(samples, np.float64), bends
+
+
+@pytest.mark.parametrize("probe", ["rademacher", "gaussian"])
+@pytest.mark.parametrize("alone", [True, False], ids=["by example", "whole batch"])
+def test_samples_have_the_mean_and_the_variance_of_the_formula(made, probe, alone):
+    """Each example alone: 2 sum_n ||H_n||^2, without the diagonals for signs; else 2 ||sum_n H_n||^2."""
+    changes = {} if alone else {"of_examples": None}
+    samples, bends = samples_of(posed(made), probe, **changes)
+    expected = []
+    batches = [jax.tree.map(lambda x, i=i: x[i : i + 1], made.batch) for i in range(6)]
+    examples = [helpers.Problem(made.objective, made.params, batch) for batch in batches]
+    for layer in made.params:
+        each = [helpers.dense(one, "functional", layer) for one in examples]
+        parts = [x / 6 for x in each] if alone else [sum(each) / 6]
+        squares = sum(np.sum(x**2) - (probe == "rademacher") * np.sum(np.diag(x) ** 2) for x in parts)
+        expected.append((sum(map(np.trace, each)) / 6, 2 * squares))
+    means, variances = np.transpose(expected)
+    error = samples.std(0) / len(samples) ** 0.5
+    assert (np.abs(samples.mean(0) - [*means, means.sum()]) <= 5 * error + 1e-7).all()
+    np.testing.assert_allclose(samples[:, :3].var(0), variances, rtol=0.15, atol=1e-9)
+    np.testing.assert_allclose(samples[:, 3].var(), variances.sum(), rtol=0.15)  # layers draw by themselves
+    assert list(bends) == [True, True, False, True]  # the last layer is linear
+
+
+def test_groups_of_examples_may_be_taken_one_after_another(made):
+    side_by_side, _ = samples_of(posed(made), count=8)
+    one_by_one, _ = samples_of(posed(made), count=8, at_a_time=1)
+    np.testing.assert_allclose(one_by_one, side_by_side, rtol=1e-4, atol=1e-6)
+
+
+GROUPS = {
+    "one layer": ["fc2"],
+    "overlap": {"first": ["fc1", "fc2"], "last": ["fc2", "fc3"]},
+    "slices": {"left": jh.part("fc2/w", np.s_[:, :2]), "ends": [jh.part("fc2/w", [0]), jh.part("fc2/w", [3])]},
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_groups_that_do_not_cover_the_net_have_their_own_traces_and_its_total(made, name):
+    problem = posed(made, GROUPS[name])
+    samples, _ = samples_of(problem)
+    whole = helpers.dense(made, "functional")
+    places = helpers.unravel(np.arange(len(whole)), made.params)
+    held = [np.concatenate([np.ravel(x) for x in layer.arrays(places)]).astype(int) for layer in problem.layers]
+    exact = [np.diag(whole)[some].sum() for some in held]
+    error = samples.std(0) / len(samples) ** 0.5
+    assert (np.abs(samples.mean(0) - [*exact, np.trace(whole)]) < 5 * error).all()
+
+
+def test_batches_are_drawn_afresh_and_add_up(made):
+    halves = [jax.tree.map(lambda x, s=s: x[s], made.batch) for s in (slice(0, 3), slice(3, 6))]
+    samples, _ = samples_of(posed(made, batch=jh.Batches(halves)))
+    whole, _ = samples_of(posed(made))
+    np.testing.assert_allclose(samples.std(0), whole.std(0), rtol=0.15)
+    assert (np.abs(samples.mean(0) - whole.mean(0)) <= 5 * whole.std(0) * (2 / 4096) ** 0.5 + 1e-9).all()
+    twice, _ = samples_of(posed(made, batch=jh.Batches([halves[0], halves[0]])))
+    once, _ = samples_of(posed(made, batch=halves[0]))
+    np.testing.assert_allclose(twice.var(0), once.var(0) / 2, rtol=0.15, atol=1e-9)  # each has probes of its own
+
+
+def test_a_net_of_many_layers_takes_fewer_sweeps_and_is_more_precise_all_the_same():
+    params = helpers.dense_layers([12] * 20 + [3], names=[f"fc{i:02}" for i in range(20)])
+    batch = {"x": helpers.normal(1, 16, 12), "label": helpers.labels(2, 3, 16)}
+    deep = (jh.Objective(helpers.mlp, jh.cross_entropy), params, batch)
+    swept = jh.layer_traces(*deep, key=jax.random.key(0), num_probes=64, curvature="functional", layers="arrays")
+    plain = jh.layer_traces(
+        *deep, key=jax.random.key(0), num_probes=64, curvature="functional", layers="arrays", method="hutchinson"
+    )
+    kernels = [f"fc{i:02}/w" for i in range(19)]
+    assert {swept[name].num_probes for name in kernels} == {16}  # 64 products take the time of 13 of them
+    assert np.median([swept[name].std_error / plain[name].std_error for name in kernels]) < 0.8
+
+
+@pytest.mark.parametrize("name", ["custom", "ragged", "finite"])
+def test_where_there_is_no_sweep_products_serve(made, name):
+    """A custom_vjp whose rules have forward mode; an operation without rows; central differences."""
+
+    @jax.custom_vjp
+    def bend(x):
+        return jnp.tanh(x)
+
+    bend.defvjp(lambda x: (jnp.tanh(x), x), lambda x, g: (g / jnp.cosh(x) ** 2,))
+
+    def predict(params, batch):
+        hidden = helpers.affine(params["fc1"], batch["x"])
+        if name == "ragged":
+            sizes = jnp.array([len(hidden)], jnp.int32)
+            hidden = jax.lax.ragged_dot(hidden, jnp.tanh(params["fc2"]["w"])[None], sizes)
+        return helpers.affine(params["fc3"], bend(hidden) if name == "custom" else jnp.tanh(hidden))
+
+    objective = jh.Objective(predict, jh.cross_entropy)
+    options = {"differentiation": "finite"} if name == "finite" else {}
+    problem = pose("functional", objective, made.params, made.batch, False, None, *options.values())
+    assert sweep_of(problem, sampler("rademacher")) is None
+    if name == "ragged":
+        return
+    found = jh.layer_traces(objective, made.params, made.batch, key=jax.random.key(0), num_probes=64, **options)
+    with jax.enable_x64(True):
+        smooth = jh.Objective(lambda p, b: predict(p, b), jh.cross_entropy)
+        exact = np.trace(helpers.dense(helpers.Problem(smooth, made.params, made.batch), "hessian", "fc1"))
+    assert abs(found["fc1"].mean - exact) < 5 * found["fc1"].std_error + 1e-3
+
+
+def test_every_probe_of_a_layer_is_another(made):
+    samples, _ = samples_of(posed(made), count=64)
+    assert len(np.unique(samples[:, 0])) > 60
+
+
+# ---- products of all blocks ----
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn", "functional"])
+@pytest.mark.parametrize("name", ["mlp", "conv, batch norm", "batch norm", "sequence"])
+def test_products_of_all_blocks_are_those_of_the_dense_ones(name, curvature):
+    p = problem(name)
+    posed = pose(curvature, p.objective, p.params, p.batch, False, None)
+    for at_a_time in (1, 8):
+        blocks = Blocks(curvature, p.objective, posed.layers, at_a_time)
+        operator = jax.tree_util.Partial(blocks, p.params, p.batch)
+        drawn = jax.tree.map(lambda x: helpers.normal(3, *x.shape), p.params)
+        vectors = tuple(layer.take(drawn) for layer in posed.layers)
+        products = jh.linearize(operator, like=vectors)(vectors)
+        for layer, v, product in zip(posed.layers, vectors, products, strict=True):
+            dense = helpers.dense(p, curvature, layer.name)
+            expected = dense @ helpers.ravel(v)
+            np.testing.assert_allclose(helpers.ravel(product), expected, atol=2e-4 * max(np.abs(expected).max(), 1e-3))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_draws": 2}, {"reorthogonalize": "host"}, {"reorthogonalize": False}])
+def test_spectra_of_layers_that_advance_together_are_those_of_each_alone(options, monkeypatch):
+    p = problem("mlp")
+    seen = []
+
+    def spectra():
+        seen.clear()
+        report = lambda done, total: seen.append((done, total))
+        return jh.layer_spectra(
+            p.objective, p.params, p.batch, key=jax.random.key(0), num_steps=6, progress=report, **options
+        )
+
+    together, steps = spectra(), list(seen)
+    monkeypatch.setattr(quadrature, "blocks_of", lambda *args: None)
+    alone = spectra()
+    assert list(together) == list(alone) and steps == seen and steps[-1][0] <= steps[-1][1]
+    for name, spec in alone.items():
+        np.testing.assert_allclose(together[name].nodes, spec.nodes, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(together[name].weights, spec.weights, rtol=1e-2, atol=1e-4)
+        assert together[name].residuals.max() < 10 * spec.residuals.max() + 1e-5
+
+
+def test_a_product_that_is_not_finite_names_its_layer():
+    params = {"a": {"w": jnp.ones(6)}, "b": {"w": jnp.ones(6)}}
+
+    def loss(p, batch):
+        return jnp.sum(p["a"]["w"] ** 2) + jnp.sum(jnp.sqrt(p["b"]["w"] - 1)) + 0 * batch.sum()
+
+    with pytest.raises(ValueError, match="not finite"):
+        jh.layer_spectra(loss, params, jnp.ones(1), key=jax.random.key(0), num_steps=3)
