@@ -18,9 +18,10 @@ from jaxhess._diagnosis import why_not_finite
 from jaxhess._lanczos import Steps
 from jaxhess._linear import Linear
 from jaxhess._programs import array_bytes, program
-from jaxhess._sweep import room_for, works
+from jaxhess._sweep import NO_SWEEP, room_for
 from jaxhess._trees import jitter, on_cpu, spread, take_row, tree_bytes
 from jaxhess.objective import as_criterion
+from jaxhess.operators import linearize
 from jaxhess.problem import Problem
 from jaxhess.selections import Layer
 
@@ -84,8 +85,8 @@ class Blocks(Linear):
         return why_not_finite(self.curvature, self.loss, params, batch)
 
 
-def blocks_of(problem: Problem, curvature: str, layers: Sequence[Layer], num_steps: int) -> Partial | None:
-    """The operator of all layers, where it can be had and there is room for it and for all bases; else None."""
+def blocks_of(problem: Problem, curvature: str, layers: Sequence[Layer], num_steps: int) -> Any:
+    """The linearised operator of all layers, where it can be had, and there is room for it and all bases; else None."""
     layers = tuple(layers)
     likes = tuple(layer.take(problem.params) for layer in layers)
     leaves = jax.tree.leaves(likes)
@@ -94,18 +95,21 @@ def blocks_of(problem: Problem, curvature: str, layers: Sequence[Layer], num_ste
     if not room_for(problem, problem.loss, layers)[0]:
         return None
     made = array_bytes(program(problem.loss, problem.params, problem.first))
+    if len(layers) * sum(made) > _ROOM:
+        return None
     cached = _CACHED if all(map(on_cpu, leaves)) else _ROOM
     blocks = Blocks(curvature, problem.loss, layers, max(1, cached // max(made, default=1)))
-    if len(layers) * sum(made) > _ROOM or not works(problem, blocks, likes):
+    try:
+        return linearize(Partial(blocks, problem.params, problem.batch), like=likes)
+    except NO_SWEEP:
         return None
-    return Partial(blocks, problem.params, problem.batch)
 
 
 def advance(operator: Any, recurrences: Mapping[str, Steps], zeros: Sequence[PyTree]) -> dict[str, Any]:
     """What each recurrence returns, all of them advanced by the products of one operator of all blocks.
 
     Args:
-      operator: as `blocks_of` makes it, or linearised.
+      operator: as `blocks_of` makes it.
       recurrences: one of each layer, in their order.
       zeros: for each layer zeros like its vectors, for those that have ended.
     """

@@ -19,6 +19,12 @@ from jaxhess._programs import used_inputs
 
 # Calls whose inside is taken operation by operation. Those with rules of their own for derivatives are left whole.
 _OPENED = frozenset("jit pjit closed_call core_call checkpoint remat remat2".split())
+# Those that bend nothing, and those that are linear in each of their inputs: no trace is needed to tell.
+_LINEAR = frozenset(
+    "add add_any broadcast_in_dim concatenate convert_element_type copy cumsum dynamic_slice expand_dims gather imag "
+    "neg pad real reduce_sum reshape rev select_n slice squeeze sub transpose".split()
+)
+_BILINEAR = frozenset("conv_general_dilated dot_general mul".split())
 
 
 class Curve(NamedTuple):
@@ -71,7 +77,7 @@ def _walk(jaxpr, consts, args, curves, summed):
         ins, moves = read(eqn.invars)
         inner = _inner(eqn)
         if inner is None:
-            outs, moved = _apply(lambda *x, eqn=eqn: _bind(eqn, x), ins, moves, summed)
+            outs, moved = _apply(eqn, ins, moves, summed)
         else:
             outs, moved = _walk(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), ins, moves, summed)
         values.update(zip(eqn.outvars, outs, strict=True))
@@ -94,12 +100,12 @@ def _bind(eqn, ins):
     return list(outs) if eqn.primitive.multiple_results else [outs]
 
 
-def _apply(operation, ins, curves, summed):
+def _apply(eqn, ins, curves, summed):
     """The outputs of an operation, and their curves."""
-    outs = operation(*ins)
+    outs = _bind(eqn, ins)
     smooth = [i for i, x in enumerate(outs) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
     moved: list[Curve | None] = [None] * len(outs)
-    local = partial(_Local, operation, ins, smooth)
+    local = partial(_Local, eqn, ins, smooth)
     parts = [_along(local(places), curves, layers, summed) for places, layers in _classes(curves).items()]
     for number, i in enumerate(smooth if parts else ()):
         moved[i] = _joined([part[number] for part in parts], summed)
@@ -113,14 +119,14 @@ def _apply(operation, ins, curves, summed):
 class _Local(NamedTuple):
     """An operation as a function of some of its inputs, with its smooth outputs."""
 
-    operation: Callable
+    eqn: Any
     ins: Sequence[Any]
     smooth: list[int]
     places: tuple[int, ...]
 
     def __call__(self, *moved):
         at = dict(zip(self.places, moved, strict=True))
-        outs = self.operation(*(at.get(i, x) for i, x in enumerate(self.ins)))
+        outs = _bind(self.eqn, [at.get(i, x) for i, x in enumerate(self.ins)])
         return [outs[i] for i in self.smooth]
 
     @property
@@ -137,6 +143,10 @@ class _Local(NamedTuple):
 
     def bends(self):
         """Whether the second derivative depends on the direction: if not, it is zero."""
+        if self.eqn.primitive.name in _LINEAR:
+            return False
+        if self.eqn.primitive.name in _BILINEAR:
+            return len(self.places) > 1
         shapes = [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in self.point]
         closed = jax.make_jaxpr(self.bend)(*shapes)
         return any(used_inputs(getattr(closed, "jaxpr", closed)))

@@ -192,6 +192,8 @@ def _steps(state, basis, restart_key, num_steps, progress, first=0):
     for done in range(1, num_steps + 1):
         vector = state.vector
         product = yield vector
+        if done == 1:
+            _check_outside(product, state.scale)
         following = step(basis, state, product, restart_key)
         basis, state = basis.write(vector, state.step), following
         if not np.isfinite(float(state.scale)):
@@ -227,14 +229,17 @@ def ritz(alphas: ArrayLike, betas: ArrayLike) -> tuple[np.ndarray, np.ndarray, n
     Raises:
       TypeError: under ``jit``.
     """
-    functions = "spectrum, layer_spectra, top_eigenpairs and summarize"
-    check_known(
-        "Ritz values are computed", f"call {functions} outside; lanczos and layer_traces run inside too", alphas, betas
-    )
+    _check_outside(alphas, betas)
     eps = np.finfo(np.asarray(alphas).dtype).eps
     alphas, betas = np.asarray(alphas, np.float64), np.asarray(betas, np.float64)
     values, vectors = scipy.linalg.eigh_tridiagonal(alphas, betas[:-1])
     return values, vectors, np.abs(betas[-1] * vectors[-1]) + 30 * eps * np.abs(values).max()
+
+
+def _check_outside(*values):
+    functions = "spectrum, layer_spectra, top_eigenpairs and summarize"
+    instead = f"call {functions} outside; lanczos and layer_traces run inside too"
+    check_known("Ritz values are computed", instead, *jax.tree.leaves(values))
 
 
 # ---- the recurrence ----

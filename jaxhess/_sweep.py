@@ -27,6 +27,7 @@ _CACHED = 2**24  # bytes of the widest array of a sweep, up to which probes go s
 _ROOM = 2**28  # the same on other devices, and for groups of examples side by side
 _MOST = 2**30  # the same of one probe of one group: where it takes more, there is no sweep
 PRODUCT = 8  # passes forward that a product with the whole net takes the time of; a sweep takes one for each layer
+NO_SWEEP = (TypeError, NotImplementedError)  # a custom_vjp has no forward mode, some operations have no rows
 _LEAST = 16  # sweeps, from whose deviations a standard error is worth something
 
 
@@ -167,9 +168,9 @@ def room_for(problem: Problem, function: Callable, layers: Sequence[Layer], grou
 
 
 def works(problem: Problem, function: Callable, *args: Any) -> bool:
-    """Whether a sweep can be traced: a custom_vjp has no derivatives in forward mode, some operations have no rows."""
+    """Whether a sweep can be traced."""
     try:  # the trace is kept for the first sweep
         jax.eval_shape(partial(compute, function), problem.params, problem.first, args)
-    except (TypeError, NotImplementedError):
+    except NO_SWEEP:
         return False
     return True

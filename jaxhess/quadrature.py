@@ -314,14 +314,14 @@ def _lanczos_spectra(problem, curvature, parts, key, runs, progress):
     layers = {name: layer for name, (_, layer) in parts.items() if layer is not problem.whole}
     found = {}
     if (blocks := blocks_of(problem, curvature, list(layers.values()), runs.num_steps)) is not None:
-        found = _together(problem, blocks, {name: (likes[name], steps[name]) for name in layers}, key)
+        found = _together(blocks, {name: (likes[name], steps[name]) for name in layers}, key)
     left = {name: (layer, steps[name]) for name, (_, layer) in parts.items() if name not in found}
     return found | _one_by_one(problem, curvature, left, key)
 
 
-def _together(problem, blocks, parts, key):
+def _together(operator, parts, key):
     likes = tuple(like for like, _ in parts.values())
-    operator, zeros = linearize(blocks, like=likes), optax.tree.zeros_like(likes)
+    zeros = optax.tree.zeros_like(likes)
     found = advance(operator, {name: steps for name, (_, steps) in parts.items()}, zeros)
 
     def part_of(operator, name):

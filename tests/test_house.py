@@ -31,8 +31,8 @@ FLOORS = [
     {"_allocation", "_noise", "_products", "diagonals"},
     {"_samples", "eigenpairs", "problem"},
     {"_diagnosis", "_finite", "_sweep", "regularizer", "sharpness"},
-    {"_blocks", "_rows", "operators", "transform"},
-    {"_columns", "_functional", "_probing", "_scales", "gram", "stability"},
+    {"_rows", "operators", "transform"},
+    {"_blocks", "_columns", "_functional", "_probing", "_scales", "gram", "stability"},
     {"classes", "interactions", "traces"},
     {"quadrature"},
     {"summary"},
@@ -42,7 +42,7 @@ FLOORS = [
 PURE = {
     "_lanczos": {"_basis", "_checks", "_linear", "_programs", "_trees"},
     "spectra": {"_checks"},
-    "eigenpairs": {"_checks", "_lanczos", "_linear", "_noise", "_programs", "_subspace", "_trees"},
+    "eigenpairs": {"_basis", "_checks", "_lanczos", "_linear", "_noise", "_programs", "_subspace", "_trees"},
     "preconditioning": {"_checks", "_linear", "_programs", "_trees"},
 }
 # Imported when called, where they are.
