@@ -20,6 +20,7 @@ from jaxhess._linear import Linear
 from jaxhess._programs import array_bytes, program
 from jaxhess._sweep import NO_SWEEP, room_for
 from jaxhess._trees import jitter, on_cpu, spread, take_row, tree_bytes
+from jaxhess.logits import Logits
 from jaxhess.objective import as_criterion
 from jaxhess.operators import linearize
 from jaxhess.problem import Problem
@@ -91,6 +92,8 @@ def blocks_of(problem: Problem, curvature: str, layers: Sequence[Layer], num_ste
     likes = tuple(layer.take(problem.params) for layer in layers)
     leaves = jax.tree.leaves(likes)
     if problem.many or len(layers) < 2 or any(map(spread, leaves)) or num_steps * tree_bytes(likes) > _ROOM:
+        return None
+    if curvature != "hessian" and isinstance(problem.outputs, Logits):
         return None
     if not room_for(problem, problem.loss, layers)[0]:
         return None

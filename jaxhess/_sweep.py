@@ -28,7 +28,7 @@ _ROOM = 2**28  # the same on other devices, and for groups of examples side by s
 _MOST = 2**30  # the same of one probe of one group: where it takes more, there is no sweep
 PRODUCT = 8  # passes forward that a product with the whole net takes the time of; a sweep takes one for each layer
 NO_SWEEP = (TypeError, NotImplementedError)  # a custom_vjp has no forward mode, some operations have no rows
-_LEAST = 16  # sweeps, from whose deviations a standard error is worth something
+_LEAST = 8  # sweeps: with fewer, the standard error is too often small by chance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +64,11 @@ class SweepSamples:
 
         split, join = cut(batch, self.of_examples, count)
         groups = split, slope.reshape(count, -1, *slope.shape[1:]), jnp.arange(count)
-        if self.at_a_time >= count:
+        size = next(size for size in range(min(self.at_a_time, count), 0, -1) if count % size == 0)
+        if size == count:
             samples, bent = jax.vmap(of_group)(*groups)
         else:
-            samples, bent = jax.lax.map(lambda group: of_group(*group), groups, batch_size=self.at_a_time)
+            samples, bent = jax.lax.map(lambda group: of_group(*group), groups, batch_size=size)
         return self._with_total(samples.sum(0), bent[0])
 
     def _forms(self, params, batch, slope, keys):

@@ -209,8 +209,9 @@ def layer_spectra(
 ) -> dict[str, Spectrum]:
     """The spectrum of every layer's block, and of the whole net.
 
-    One compiled product of the whole net serves every layer: the other layers get zeros, and the layer's part of the
-    result is taken. A product for each layer would need a compilation for each layer, which costs more than it saves.
+    The recurrences of all layers advance together. One program has the products of all blocks, each of which begins and
+    ends at the layer's own parameters. Where forward mode cannot differentiate the loss twice, over `Batches`, and
+    where this would hold more than 1 GB, the layers come one after the other by products of the whole net.
 
     Args:
       objective: a loss, or an `Objective` (which "ggn" and "functional" need).

@@ -145,12 +145,13 @@ def layer_traces(
 ) -> dict[str, Estimate]:
     """The traces of every layer's block, and of the whole, each with its standard error.
 
-    By probes, "hessian" and "functional": with one v over all parameters, v_l . (A v)_l is unbiased for Tr(A_l) for
-    every layer at once, for one product of the whole net. "ggn": with B B' = S and random e over the outputs,
-    ||(J' B e)_l||^2 is unbiased for Tr(G_l), for one backward pass; "auto" sums it over groups of examples that do not
-    depend on each other, which is less noisy. Exactly: Tr(G_l) = sum ||(J' b)_l||^2 over the columns b of B, one
-    backward pass of an example for each of its outputs. Tr(Hess_l) = Tr(G_l) + Tr(H_l), where H_l is zero in piecewise
-    linear nets.
+    By probes of the whole net: with one v over all parameters, v_l . (A v)_l is unbiased for Tr(A_l) for every layer at
+    once, for one product. By sweeps: v_l . H_l v_l is the second derivative along v_l of the outputs times the slope of
+    the criterion, and one pass forward has that of all layers, each by itself and each example with a v of its own. For
+    "ggn": with B B' = S and random e over the outputs, ||(J' B e)_l||^2 is unbiased for Tr(G_l), for one backward pass;
+    "auto" sums it over groups of examples that do not depend on each other, which is less noisy. Exactly: Tr(G_l) =
+    sum ||(J' b)_l||^2 over the columns b of B, one backward pass of an example for each of its outputs. Tr(Hess_l) =
+    Tr(G_l) + Tr(H_l), where H_l is zero in piecewise linear nets.
 
     Args:
       objective: a loss, or an `Objective` (which "ggn" and "functional" need).
@@ -158,16 +159,16 @@ def layer_traces(
       batch: any pytree, or `Batches`.
       key: a JAX random key.
       num_probes, probe, rtol, atol, max_probes, chunk_size: as for `trace`; a tolerance must hold for every layer
-        and for the total. Under a tolerance, "auto" begins with 16 probes of all layers.
+        and for the total. Under a tolerance, "auto" begins with 16 probes of all layers. A sweep over more than eight
+        layers takes longer than a product; as many are drawn as take the time of ``num_probes`` products, at least 8.
       curvature: "hessian", "ggn" or "functional".
       method: "hutchinson" for probes of that curvature alone. "exact": G from its rows, other curvatures column by
-        column, one product for each parameter. "split": Hess as G + H, with probes for those H_l that are not zero,
-        scaled layer by layer so that flat layers are not lost among steep ones; four products more find the scales.
-        "auto": G exactly where an example has at most twice as many outputs as there are probes; Hess by the split
-        where examples do not depend on each other; otherwise by scaled probes. Layers of a few parameters go column by
-        column.
-        Under a tolerance, layers that would need many probes over all layers get probes of their own.
-        ``Estimate.method`` says which it was.
+        column. "split": Hess as G + H, with H in sweeps, or by probes of the whole net where forward mode cannot
+        differentiate the outputs twice, or has no room for it. "auto": G exactly where an example has at most twice as
+        many outputs as there are probes; Hess by the split where examples do not depend on each other; otherwise by
+        probes that are scaled layer by layer, so that flat layers are not lost among steep ones (four products more
+        find the scales). Layers of a few parameters go column by column. Under a tolerance, layers that would need many
+        probes over all layers get probes of their own. ``Estimate.method`` says which it was.
       layers: which layers or groups; all layers by default, else as for `layer_spectra`.
       differentiation: as for `hessian`.
       has_aux: as for `hessian`.
