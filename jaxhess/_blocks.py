@@ -19,7 +19,7 @@ from jaxhess._lanczos import Steps
 from jaxhess._linear import Linear
 from jaxhess._programs import array_bytes, program
 from jaxhess._sweep import NO_SWEEP, room_for
-from jaxhess._trees import jitter, on_cpu, spread, take_row, tree_bytes
+from jaxhess._trees import full_precision, jitter, on_cpu, spread, take_row, tree_bytes
 from jaxhess.logits import Logits
 from jaxhess.objective import as_criterion
 from jaxhess.operators import linearize
@@ -51,6 +51,7 @@ class Blocks(Linear):
             found += self._of_layers(params, batch, self.layers[some], parts[some])
         return tuple(found)
 
+    @full_precision
     def _of_layers(self, params, batch, layers, parts):
         leaves, treedef = jax.tree.flatten(params)
 
@@ -59,10 +60,11 @@ class Blocks(Linear):
             curves = curves_of(leaves, layers, *directions)
             if self.curvature == "ggn":
                 outputs = self.loss.predict(params, batch)
-                (found,) = second_order(lambda *x: self.loss.predict(treedef.unflatten(x), batch), leaves, curves)
+                predict = lambda *x: self.loss.predict(treedef.unflatten(x), batch)
+                (found,) = second_order(predict, leaves, curves, "none")
                 return 0.0 if found is None else self._ggn_form(outputs, batch, found)
             function = self._scalar(params, batch)
-            (found,) = second_order(lambda *x: function(treedef.unflatten(x)), leaves, curves, summed=True)
+            (found,) = second_order(lambda *x: function(treedef.unflatten(x)), leaves, curves, "sum")
             return 0.0 if found is None or found.second is None else found.second
 
         return jax.grad(form)(jax.tree.map(jnp.zeros_like, parts))
@@ -97,11 +99,11 @@ def blocks_of(problem: Problem, curvature: str, layers: Sequence[Layer], num_ste
         return None
     if not room_for(problem, problem.loss, layers)[0]:
         return None
-    made = array_bytes(program(problem.loss, problem.params, problem.first))
-    if len(layers) * sum(made) > _ROOM:
+    made = list(array_bytes(program(problem.loss, problem.params, problem.first)))
+    if len(layers) * sum(size * times for size, times in made) > _ROOM:
         return None
     cached = _CACHED if all(map(on_cpu, leaves)) else _ROOM
-    blocks = Blocks(curvature, problem.loss, layers, max(1, cached // max(made, default=1)))
+    blocks = Blocks(curvature, problem.loss, layers, max(1, cached // max(size for size, _ in made)))
     try:
         return linearize(Partial(blocks, problem.params, problem.batch), like=likes)
     except NO_SWEEP:

@@ -14,6 +14,7 @@ import optax
 
 from jaxhess._curves import curves_of, second_order
 from jaxhess._linear import as_linear
+from jaxhess._programs import rounding_of
 from jaxhess._sweep import PRODUCT, room_for, works
 from jaxhess._trees import automatic, jitter, own_eps, tree_size
 from jaxhess.estimates import Estimate, Plan
@@ -22,7 +23,7 @@ from jaxhess.problem import Problem
 from jaxhess.selections import Layer
 
 PyTree = Any
-_TRIED = 8  # entries by which the rounding of all is judged
+_TRIED = 8  # entries of either kind by which the rounding of all is judged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ def _units(arrays, numbers):
     """Unit vectors of these numbers, as arrays with an axis for them in front; zero for numbers beyond the last."""
     ends = np.cumsum([0, *(x.size for x in arrays)])
     return [
-        jax.nn.one_hot(numbers - start, x.size, dtype=x.dtype).reshape(len(numbers), *x.shape)
+        jax.nn.one_hot(numbers - int(start), x.size, dtype=x.dtype).reshape(len(numbers), *x.shape)
         for x, start in zip(arrays, ends[:-1], strict=True)
     ]
 
@@ -81,10 +82,11 @@ def _columns(problem, layer):
 
 def _of_alike(problem, curvature, layers):
     diagonals, sizes = _Diagonals(curvature, problem.loss, layers), [_columns(problem, layer) for layer in layers]
-    width, _ = room_for(problem, problem.loss, layers)
+    width = min(room_for(problem, problem.loss, layers)[0], max(sizes))
     if not width or not works(problem, diagonals, jnp.zeros((len(layers), width), jnp.int32)):
         return {layer.name: _by_products(problem, curvature, layer) for layer in layers}
-    moved = dataclasses.replace(problem, params=jitter(jax.random.key(0), problem.params, own_eps(problem.params)))
+    eps = max(own_eps(problem.params), rounding_of(problem.loss, problem.params, problem.first))
+    moved = dataclasses.replace(problem, params=jitter(jax.random.key(0), problem.params, eps))
 
     def entries(of, numbers):
         padded = np.pad(numbers, ((0, 0), (0, -numbers.shape[1] % width)), constant_values=max(sizes))
@@ -93,12 +95,14 @@ def _of_alike(problem, curvature, layers):
         return np.concatenate(rows, axis=1)[:, : numbers.shape[1]]
 
     found = entries(problem, np.tile(np.arange(max(sizes)), (len(layers), 1)))
-    tried = np.stack([np.linspace(0, size - 1, _TRIED).astype(int) for size in sizes])
+    # The largest ones, and others, since many may be zero whatever the parameters are.
+    drawn = np.random.default_rng(0).random((_TRIED, 1))
+    tried = np.concatenate([np.argsort(-np.abs(found), axis=1)[:, :_TRIED], (drawn * sizes).astype(int).T], axis=1)
     changes = entries(moved, tried) - np.take_along_axis(found, tried, axis=1)
     estimates = {}
     for layer, size, row, change in zip(layers, sizes, found, changes, strict=True):
-        rounding = 10 * own_eps(problem.params) * np.linalg.norm(row)
-        rounding += 3 * size * np.sqrt(np.mean(change**2) / _TRIED)
+        rounding = 10 * eps * np.linalg.norm(row)
+        rounding += 3 * size * np.sqrt(np.mean(change**2) / len(change))
         estimates[layer.name] = Estimate(float(row.sum()), float(rounding), 0, "exact")
     return estimates
 
@@ -124,15 +128,16 @@ def columns(operator: Callable, like: PyTree) -> tuple[float, float]:
 
 
 def small_layers(problem: Problem, plan: Plan) -> list[Layer]:
-    """Those whose columns take at most half of the time of the probes that are asked for.
+    """Those whose columns take at most half of the time of the probes that are asked for, or that a tolerance may take.
 
-    By sweeps, a column takes the time of a pass forward; by products, of two of these, one of them for its rounding.
+    By sweeps, a column takes the time of a pass forward; else two products, one of them for its rounding.
     """
     if any(automatic(x) is not x for x in jax.tree.leaves((problem.params, problem.first))):
         return []
     ordered = sorted(problem.layers, key=lambda layer: _columns(problem, layer))
     swept = room_for(problem, problem.loss, ordered)[0] > 0
-    left = plan.num_probes * PRODUCT // 2 if swept else (plan.max_probes if plan.adaptive else plan.num_probes) // 4
+    products = (plan.max_probes if plan.adaptive else plan.num_probes) // 4
+    left = max(plan.num_probes * PRODUCT // 2, products if plan.adaptive else 0) if swept else products
     found = []
     for layer in ordered:
         left -= _columns(problem, layer)

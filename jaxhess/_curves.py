@@ -44,7 +44,7 @@ class Curve(NamedTuple):
 
 
 def second_order(
-    function: Callable, args: Sequence[Any], curves: Sequence[Curve | None], *, summed: bool = False
+    function: Callable, args: Sequence[Any], curves: Sequence[Curve | None], seconds: str = "each"
 ) -> list[Curve | None]:
     """The curves of the outputs of a function, from those of its arguments.
 
@@ -52,7 +52,8 @@ def second_order(
       function: ``function(*args) -> arrays``, a pytree of them.
       args: arrays.
       curves: of each argument; None for one that does not move.
-      summed: whether of the second derivatives only the sum is asked for, which takes one pass forward.
+      seconds: which second derivatives are asked for: those of "each" layer; their "sum" over all layers, which takes
+        one pass forward; or "none".
 
     Returns:
       For each output; None for one that does not move.
@@ -61,10 +62,10 @@ def second_order(
       TypeError, NotImplementedError: where an operation has no derivatives in forward mode.
     """
     closed = jax.make_jaxpr(function)(*args)
-    return _walk(getattr(closed, "jaxpr", closed), closed.consts, args, curves, summed)[1]
+    return _walk(getattr(closed, "jaxpr", closed), closed.consts, args, curves, seconds)[1]
 
 
-def _walk(jaxpr, consts, args, curves, summed):
+def _walk(jaxpr, consts, args, curves, seconds):
     """The outputs of a jaxpr, and their curves."""
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
     moving = {var: curve for var, curve in zip(jaxpr.invars, curves, strict=True) if curve is not None}
@@ -77,9 +78,9 @@ def _walk(jaxpr, consts, args, curves, summed):
         ins, moves = read(eqn.invars)
         inner = _inner(eqn)
         if inner is None:
-            outs, moved = _apply(eqn, ins, moves, summed)
+            outs, moved = _apply(eqn, ins, moves, seconds)
         else:
-            outs, moved = _walk(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), ins, moves, summed)
+            outs, moved = _walk(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), ins, moves, seconds)
         values.update(zip(eqn.outvars, outs, strict=True))
         moving.update((var, curve) for var, curve in zip(eqn.outvars, moved, strict=True) if curve is not None)
     return read(jaxpr.outvars)
@@ -100,17 +101,17 @@ def _bind(eqn, ins):
     return list(outs) if eqn.primitive.multiple_results else [outs]
 
 
-def _apply(eqn, ins, curves, summed):
+def _apply(eqn, ins, curves, seconds):
     """The outputs of an operation, and their curves."""
     outs = _bind(eqn, ins)
     smooth = [i for i, x in enumerate(outs) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
     moved: list[Curve | None] = [None] * len(outs)
     local = partial(_Local, eqn, ins, smooth)
-    parts = [_along(local(places), curves, layers, summed) for places, layers in _classes(curves).items()]
+    parts = [_along(local(places), curves, layers, seconds) for places, layers in _classes(curves).items()]
     for number, i in enumerate(smooth if parts else ()):
-        moved[i] = _joined([part[number] for part in parts], summed)
+        moved[i] = _joined([part[number] for part in parts], seconds == "sum")
     pushed = tuple(i for i, curve in enumerate(curves) if curve is not None and curve.second is not None)
-    if summed and pushed:
+    if seconds == "sum" and pushed:
         for i, more in zip(smooth, local(pushed).slope(*(curves[i].second for i in pushed)), strict=True):
             moved[i] = moved[i]._replace(second=more if moved[i].second is None else more + moved[i].second)
     return outs, moved
@@ -164,16 +165,16 @@ def _classes(curves):
     return classes
 
 
-def _along(local, curves, layers, summed):
+def _along(local, curves, layers, wanted):
     """The curves of the outputs of an operation for the directions of some layers."""
-    some = [_of_layers(curves[i], layers, summed) for i in local.places]
+    some = [_of_layers(curves[i], layers, wanted == "each") for i in local.places]
     directions = list(zip(*(curve.firsts for curve in some), strict=True))
     firsts = list(zip(*(_over_rows(local.slope, of_inputs) for of_inputs in directions), strict=True))
-    bends = local.bends()
+    bends = wanted != "none" and local.bends()
     seconds = [None] * len(firsts)
     if bends:
         seconds = _over_rows(local.bend, [x for of_inputs in directions for x in of_inputs])
-    if summed:
+    if wanted == "sum":
         seconds = [None if x is None else x.sum((0, 1)) for x in seconds]
     elif any(curve.second is not None for curve in some):
         pushed = [jnp.zeros_like(c.firsts[0]) if c.second is None else c.second for c in some]
@@ -187,18 +188,18 @@ def _union(curves):
     return frozenset().union(*(curve.bent for curve in curves))
 
 
-def _of_layers(curve, layers, summed):
+def _of_layers(curve, layers, with_second):
     """The curve for some of its layers."""
     at = [curve.layers.index(layer) for layer in layers]
     cut = slice(at[0], at[-1] + 1) if at == list(range(at[0], at[-1] + 1)) else jnp.array(at)
-    second = None if curve.second is None or summed else curve.second[cut]
+    second = curve.second[cut] if with_second and curve.second is not None else None
     return Curve(tuple(layers), tuple(x[cut] for x in curve.firsts), second, curve.bent & frozenset(layers))
 
 
 def _over_rows(function, tangents):
     """A function of tangents over the axes of layers and probes, as one axis."""
     rows = tangents[0].shape[:2]
-    found = jax.vmap(function)(*(x.reshape(-1, *x.shape[2:]) for x in tangents))
+    found = jax.vmap(function)(*(x.reshape(rows[0] * rows[1], *x.shape[2:]) for x in tangents))
     return [x.reshape(*rows, *x.shape[1:]) for x in found]
 
 
@@ -242,6 +243,10 @@ def _spread(leaves, layers, vectors):
         for piece, v in zip(layer.pieces, arrays, strict=True):
             if piece.at is not None:  # of which there may be several in one leaf
                 before = moved[piece.leaf].get(number, jnp.zeros((len(v), *leaves[piece.leaf].shape), v.dtype))
-                v = before.at[piece.key(1)].set(v)
+                v = jax.vmap(partial(_put, piece))(before, v)
             moved[piece.leaf][number] = v
     return moved
+
+
+def _put(piece, leaf, part):
+    return leaf.at[piece.key()].set(part)

@@ -33,10 +33,17 @@ def equations(jaxpr: Any, in_loop: bool = False) -> Iterator[tuple[Any, bool]]:
                     yield from equations(inner, inside)
 
 
-def array_bytes(jaxpr: Any) -> list[int]:
-    """The bytes of each array that a program makes."""
-    made = [var.aval for eqn, _ in equations(jaxpr) for var in eqn.outvars if hasattr(var.aval, "dtype")]
-    return [aval.size * aval.dtype.itemsize for aval in made]
+def array_bytes(jaxpr: Any, times: int = 1) -> Iterator[tuple[int, int]]:
+    """(bytes, how many times) of each array that a program makes; of a while loop's, once."""
+    for eqn in jaxpr.eqns:
+        for var in eqn.outvars:
+            if hasattr(var.aval, "dtype"):
+                yield var.aval.size * var.aval.dtype.itemsize, times
+        for value in eqn.params.values():
+            for item in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(item, "jaxpr", item)
+                if hasattr(inner, "eqns"):
+                    yield from array_bytes(inner, times * (eqn.params["length"] if eqn.primitive.name == "scan" else 1))
 
 
 def used_inputs(jaxpr: Any) -> list[bool]:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhess._checks import is_traced
+from jaxhess._checks import at_least_float32, is_traced
 from jaxhess._curves import curves_of, second_order
 from jaxhess._examples import cut, fits_into
 from jaxhess._programs import array_bytes, program
@@ -27,7 +27,8 @@ _CACHED = 2**24  # bytes of the widest array of a sweep, up to which probes go s
 _ROOM = 2**28  # the same on other devices, and for groups of examples side by side
 _MOST = 2**30  # the same of one probe of one group: where it takes more, there is no sweep
 PRODUCT = 8  # passes forward that a product with the whole net takes the time of; a sweep takes one for each layer
-NO_SWEEP = (TypeError, NotImplementedError)  # a custom_vjp has no forward mode, some operations have no rows
+# What JAX raises where there is no forward mode (a custom_vjp, a callback), or none for several rows.
+NO_SWEEP = (TypeError, ValueError, NotImplementedError)
 _LEAST = 8  # sweeps: with fewer, the standard error is too often small by chance
 
 
@@ -54,8 +55,8 @@ class SweepSamples:
 
     def __call__(self, params, batch, keys):
         outputs = self.objective.predict(params, batch)
-        slope = jax.grad(self.objective.criterion)(outputs, batch)
-        count = fits_into(self.of_examples, outputs, len(keys) * self.bytes_each(params))
+        slope = jax.grad(self.objective.criterion)(outputs.astype(at_least_float32(outputs)), batch)
+        count = fits_into(self.of_examples, outputs, len(keys) * held_by(params, self.layers + self.parts))
         if count == 1:
             return self._with_total(*self._forms(params, batch, slope, keys))
 
@@ -76,7 +77,7 @@ class SweepSamples:
         leaves, treedef = jax.tree.flatten(params)
         vectors = jax.vmap(lambda key: random_like(key, params, self.distribution))(keys)
         layers = self.layers + self.parts
-        curves = curves_of(leaves, layers, [layer.arrays(vectors, axes=1) for layer in layers])
+        curves = curves_of(leaves, layers, [jax.vmap(layer.arrays)(vectors) for layer in layers])
         (found,) = second_order(lambda *x: self.objective.predict(treedef.unflatten(x), batch), leaves, curves)
         forms, bent = jnp.zeros((len(layers), len(keys)), slope.dtype), np.zeros(len(layers))
         if found is not None and found.second is not None:
@@ -91,11 +92,6 @@ class SweepSamples:
         first = len(self.layers) if self.parts else 0
         samples = [*forms[: len(self.layers)], forms[first:].sum(0)]
         return jnp.stack(samples, axis=1), jnp.append(bent[: len(self.layers)], bent[first:].max())
-
-    def bytes_each(self, params: PyTree) -> int:
-        """What the vectors of one probe of one group take."""
-        leaves = jax.tree.leaves(params)
-        return sum(leaves[piece.leaf].nbytes for layer in self.layers + self.parts for piece in layer.pieces)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,15 +133,19 @@ def sweep_of(problem: Problem, distribution: Callable) -> Sweep | None:
     if not isinstance(problem.loss, Objective) or isinstance(problem.outputs, Logits):
         return None
     parts = () if problem.covered else problem.parts()
-    groups = fits_into(problem.of_examples, problem.outputs, 0)
+    groups = fits_into(problem.of_examples, problem.outputs, held_by(problem.params, problem.layers + parts))
     side_by_side, share = room_for(problem, problem.loss.predict, problem.layers + parts, groups)
     at_a_time = max(1, int(share * groups))
     samples = SweepSamples(problem.loss, problem.layers, distribution, parts, problem.of_examples, at_a_time)
-    if samples.bytes_each(problem.params) > _ROOM and any(spread(x) for x in jax.tree.leaves(problem.params)):
-        return None  # no device has room for the vectors
     if side_by_side and works(problem, samples, jax.random.split(jax.random.key(0), 1)):
         return Sweep(problem, samples, side_by_side)
     return None
+
+
+def held_by(params: PyTree, layers: Sequence[Layer]) -> int:
+    """The bytes of one direction in each layer; one in a slice of an array takes as much as the whole array."""
+    leaves = jax.tree.leaves(params)
+    return sum(leaves[piece.leaf].nbytes for layer in layers for piece in layer.pieces)
 
 
 def room_for(problem: Problem, function: Callable, layers: Sequence[Layer], groups: int = 1) -> tuple[int, float]:
@@ -160,12 +160,13 @@ def room_for(problem: Problem, function: Callable, layers: Sequence[Layer], grou
     leaves = jax.tree.leaves((problem.params, problem.first))
     if problem.finite or is_traced(leaves) or any(automatic(x) is not x for x in leaves):
         return 0, 0.0
-    made = program(function, problem.params, problem.first)
-    wide = max(1, 2 * len(layers) * max(array_bytes(made), default=0))
-    if wide > groups * _MOST:
+    made = array_bytes(program(function, problem.params, problem.first))
+    wide, held = 2 * len(layers) * max((size for size, _ in made), default=0), held_by(problem.params, layers)
+    spare = _ROOM if any(map(spread, leaves)) else _MOST  # vectors are not spread over devices
+    if wide > groups * _MOST or held > spare:
         return 0, 0.0
     room = _CACHED if all(on_cpu(x) for x in leaves if isinstance(x, jax.Array)) else _ROOM
-    return max(1, room // wide), min(1.0, _ROOM / wide)
+    return max(1, room // max(wide, held, 1)), min(1.0, _ROOM / max(wide, 1))
 
 
 def works(problem: Problem, function: Callable, *args: Any) -> bool:

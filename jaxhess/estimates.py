@@ -116,8 +116,8 @@ class Plan:
                 return estimates
 
     def of_ggn(self, share: int) -> Plan:
-        """For G where it is a part, with one in ``share`` of the probes."""
-        rtol, atol = (None if x is None else x / share**0.5 for x in (self.rtol, self.atol))
+        """For G where it is a part: one in ``share`` of the probes, or a sixteenth of the variance of a tolerance."""
+        rtol, atol = (None if x is None else x / 4 for x in (self.rtol, self.atol))
         return Plan(max(_LEAST, self.num_probes // share), rtol, atol, self.max_probes, self.chunk_size)
 
     def tolerance(self, mean: float) -> float:

@@ -282,7 +282,7 @@ def _splits(problem):
 def _split(problem, key, plan, probe):
     ggn_key, key = jax.random.split(key)
     sweep = sweep_of(problem, sampler(probe))
-    ggn = _ggn(problem, ggn_key, plan.of_ggn(4 if sweep is None else 1), probe)
+    ggn = _ggn(problem, ggn_key, plan.of_ggn(4 if sweep is None or plan.adaptive else 1), probe)
     part = {name: Estimate(e.mean, e.std_error, e.num_probes, "split") for name, e in ggn.items()}
     if sweep is not None:
         return ggn | by_sweeps(problem, sweep, key, plan, probe, part)

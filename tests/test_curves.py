@@ -12,7 +12,8 @@ import jaxhess as jh
 from jaxhess import quadrature
 from jaxhess._blocks import Blocks
 from jaxhess._curves import Curve, second_order
-from jaxhess._sweep import sweep_of
+from jaxhess._programs import equations
+from jaxhess._sweep import room_for, sweep_of
 from jaxhess._trees import draw_keys, sampler
 from jaxhess.problem import pose
 
@@ -62,7 +63,7 @@ def test_second_derivatives_are_those_of_each_direction_by_itself(name):
     function, args, bending = OPERATIONS[name]
     curves = [Curve((i,), (helpers.normal(7 + i, 1, 2, *x.shape),)) for i, x in enumerate(args)]
     found = second_order(function, args, curves)
-    summed = second_order(function, args, curves, summed=True)
+    summed = second_order(function, args, curves, "sum")
     for number, curve in enumerate(found):
         if curve is None:
             continue
@@ -264,3 +265,121 @@ def test_a_product_that_is_not_finite_names_its_layer():
 
     with pytest.raises(ValueError, match="not finite"):
         jh.layer_spectra(loss, params, jnp.ones(1), key=jax.random.key(0), num_steps=3)
+
+
+# ---- what a reader of the first version broke ----
+
+
+def tangled(kind):
+    """tanh(x A) B with an array of three axes, or with an array without entries on the way or among the parameters."""
+
+    def predict(params, batch):
+        hidden = jnp.tanh(jnp.einsum("nd,hdk->nhk", batch["x"], params["fc1"]["w"]).reshape(len(batch["x"]), -1))
+        if kind == "empty":
+            hidden = jnp.concatenate([hidden, jnp.sin(hidden[:, :0])], axis=1)
+        return hidden @ params["fc2"]["w"]
+
+    params = {"fc1": {"w": helpers.normal(1, 3, 5, 4)}, "fc2": {"w": helpers.normal(2, 12, 3)}}
+    params |= {"none": {"w": jnp.zeros((0, 2))}} if kind == "none" else {}
+    batch = {"x": helpers.normal(3, 6, 5), "label": helpers.labels(4, 3, 6)}
+    return jh.Objective(predict, jh.cross_entropy), params, batch
+
+
+@pytest.mark.parametrize("method", ["auto", "split", "exact"])
+@pytest.mark.parametrize("kind", ["parts", "empty", "none"])
+def test_slices_by_lists_and_empty_arrays(kind, method):
+    layers = {"some": jh.part("fc1/w", np.s_[0, :, [1, 2]]), "rest": jh.part("fc1/w", np.s_[1:])}
+    layers = layers if kind == "parts" else ["fc1", "fc2"]
+    objective, params, batch = tangled(kind)
+    found = jh.layer_traces(
+        objective, params, batch, key=jax.random.key(0), num_probes=64, method=method, layers=layers
+    )
+    dense = np.diag(helpers.dense(helpers.Problem(objective, params, batch), "hessian"))[:60].reshape(3, 5, 4)
+    first = {"some": dense[0][:, [1, 2]].sum(), "rest": dense[1:].sum()} if kind == "parts" else {"fc1": dense.sum()}
+    for name, exact in first.items():
+        assert abs(found[name].mean - exact) < 5 * found[name].std_error + 1e-4 * abs(exact)
+    jh.layer_spectra(objective, params, batch, num_steps=4, **options)
+
+
+def test_spectra_of_g_need_no_second_derivatives():
+    """An activation whose slope is a callback, which cannot be differentiated again."""
+
+    def outside(function, x):
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return jax.pure_callback(lambda x: function(np.asarray(x)), shape, x, vmap_method="expand_dims")
+
+    @jax.custom_jvp
+    def bend(x):
+        return outside(np.tanh, x)
+
+    bend.defjvp(lambda x, t: (bend(*x), outside(lambda x: 1 - np.tanh(x) ** 2, *x) * t[0]))
+    nets = [
+        jh.Objective(lambda p, b, f=f: helpers.affine(p["fc2"], f(helpers.affine(p["fc1"], b["x"]))), jh.cross_entropy)
+        for f in (bend, jnp.tanh)
+    ]
+    p = problem("mlp")
+    options = {"key": jax.random.key(0), "num_steps": 4, "curvature": "ggn"}
+    found, expected = (jh.layer_spectra(net, p.params, p.batch, **options) for net in nets)
+    np.testing.assert_allclose(found["fc1"].nodes, expected["fc1"].nodes, rtol=1e-3, atol=1e-6)
+    traces = jh.layer_traces(nets[0], p.params, p.batch, key=jax.random.key(0), curvature="ggn")
+    assert traces["fc1"].mean > 0
+
+
+def test_the_rounding_of_columns_is_seen_where_many_are_zero():
+    """Images with a black border; the labels nearly fit, so that what is left is rounding."""
+    images = np.zeros((8, 14, 14), np.float32)
+    images[:, 2:12, 2:12] = np.random.default_rng(0).random((8, 10, 10))
+    batch = {"x": jnp.asarray(images.reshape(8, -1))}
+    params = {"fc1": {"w": helpers.normal(1, 196, 4, scale=0.1)}, "fc2": {"w": helpers.normal(2, 4, 1)}}
+
+    def predict(params, batch):
+        return jnp.tanh(batch["x"] @ params["fc1"]["w"]) @ params["fc2"]["w"]
+
+    batch["label"] = predict(params, batch) + 1e-6 * helpers.normal(3, 8, 1)
+    made = helpers.Problem(jh.Objective(predict, jh.squared_error), params, batch)
+    options = {"key": jax.random.key(0), "curvature": "functional", "method": "exact"}
+    found = jh.layer_traces(made.objective, params, batch, **options)["fc1"]
+    with jax.enable_x64(True):
+        double = made.cast(jnp.float64)
+        exact = jh.layer_traces(double.objective, double.params, double.batch, **options)["fc1"].mean
+    assert abs(found.mean - exact) < found.std_error
+
+
+def test_a_tolerance_is_met_where_g_is_not_exact():
+    params = helpers.dense_layers([5, 12, 12, 40])
+    batch = {"x": helpers.normal(1, 16, 5), "label": helpers.labels(2, 40, 16)}
+    made = helpers.Problem(jh.Objective(helpers.mlp, jh.cross_entropy), params, batch)
+    found = jh.layer_traces(
+        made.objective, params, batch, key=jax.random.key(0), num_probes=8, rtol=0.05, layers={"middle": "fc2"}
+    )
+    assert found["middle"].num_probes < 512
+    for e in found.values():
+        assert e.std_error <= 0.05 * abs(e.mean)
+    exact = np.trace(helpers.dense(made, "hessian", "fc2"))
+    assert abs(found["middle"].mean - exact) < 5 * found["middle"].std_error
+
+
+def test_a_sweep_counts_the_parameters_too_and_never_more_columns_than_there_are():
+    tall = {"a": {"w": np.zeros((4000, 500), np.float32)}, "b": {"w": np.zeros((500, 2), np.float32)}}
+    batch = {"x": np.zeros((1, 4000), np.float32), "label": np.zeros(1, int)}
+    net = jh.Objective(lambda p, b: jnp.tanh(b["x"] @ p["a"]["w"]) @ p["b"]["w"], jh.cross_entropy)
+    posed = pose("hessian", net, tall, batch, False, None)
+    assert room_for(posed, net, posed.layers)[0] <= 2
+    row = jh.layer_traces(net, tall, batch, key=jax.random.key(0), layers={"row": jh.part("a/w", np.s_[0, :4])})
+    assert row["row"].mean == 0
+
+
+def test_products_of_all_blocks_are_in_full_precision(made):
+    posed = pose("hessian", made.objective, made.params, made.batch, False, None)
+    parts = tuple(layer.take(made.params) for layer in posed.layers)
+    jaxpr = jax.make_jaxpr(Blocks("hessian", made.objective, posed.layers, 8))(made.params, made.batch, parts)
+    dots = [eqn.params["precision"] for eqn, _ in equations(jaxpr.jaxpr) if eqn.primitive.name == "dot_general"]
+    assert dots and all("HIGHEST" in str(precision) for precision in dots)
+
+
+@pytest.mark.parametrize("method", ["auto", "exact"])
+def test_strict_promotion_with_wide_types(made, method):
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        found = jh.layer_traces(made.objective, made.params, made.batch, key=jax.random.key(0), method=method)
+    exact = np.trace(helpers.dense(made, "hessian", "fc1"))
+    assert abs(found["fc1"].mean - exact) < 5 * found["fc1"].std_error + 1e-4
