@@ -291,9 +291,8 @@ def test_slices_by_lists_and_empty_arrays(kind, method):
     layers = {"some": jh.part("fc1/w", np.s_[0, :, [1, 2]]), "rest": jh.part("fc1/w", np.s_[1:])}
     layers = layers if kind == "parts" else ["fc1", "fc2"]
     objective, params, batch = tangled(kind)
-    found = jh.layer_traces(
-        objective, params, batch, key=jax.random.key(0), num_probes=64, method=method, layers=layers
-    )
+    options = {"key": jax.random.key(0), "layers": layers}
+    found = jh.layer_traces(objective, params, batch, num_probes=64, method=method, **options)
     dense = np.diag(helpers.dense(helpers.Problem(objective, params, batch), "hessian"))[:60].reshape(3, 5, 4)
     first = {"some": dense[0][:, [1, 2]].sum(), "rest": dense[1:].sum()} if kind == "parts" else {"fc1": dense.sum()}
     for name, exact in first.items():
