@@ -18,7 +18,7 @@ from jaxhess._diagnosis import why_not_finite
 from jaxhess._lanczos import Steps
 from jaxhess._linear import Linear
 from jaxhess._programs import array_bytes, program
-from jaxhess._sweep import NO_SWEEP, room_for
+from jaxhess._sweep import NO_SWEEP, room_for, twice_differentiated
 from jaxhess._trees import full_precision, jitter, on_cpu, spread, take_row, tree_bytes
 from jaxhess.logits import Logits
 from jaxhess.objective import as_criterion
@@ -63,18 +63,11 @@ class Blocks(Linear):
                 predict = lambda *x: self.loss.predict(treedef.unflatten(x), batch)
                 (found,) = second_order(predict, leaves, curves, "none")
                 return 0.0 if found is None else self._ggn_form(outputs, batch, found)
-            function = self._scalar(params, batch)
+            function = twice_differentiated(self.curvature, self.loss, params, batch)
             (found,) = second_order(lambda *x: function(treedef.unflatten(x)), leaves, curves, "sum")
             return 0.0 if found is None or found.second is None else found.second
 
         return jax.grad(form)(jax.tree.map(jnp.zeros_like, parts))
-
-    def _scalar(self, params, batch):
-        """The function whose Hessian is asked for."""
-        if self.curvature == "hessian":
-            return lambda p: self.loss(p, batch)
-        slope = jax.grad(self.loss.criterion)(self.loss.predict(params, batch), batch)
-        return lambda p: jnp.sum(slope * self.loss.predict(p, batch))
 
     def _ggn_form(self, outputs, batch, found):
         product = partial(as_criterion(self.loss.criterion).hessian_product, outputs, batch)

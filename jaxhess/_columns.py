@@ -15,7 +15,7 @@ import optax
 from jaxhess._curves import curves_of, second_order
 from jaxhess._linear import as_linear
 from jaxhess._programs import rounding_of
-from jaxhess._sweep import PRODUCT, room_for, works
+from jaxhess._sweep import PRODUCT, room_for, twice_differentiated, works
 from jaxhess._trees import automatic, jitter, own_eps, tree_size
 from jaxhess.estimates import Estimate, Plan
 from jaxhess.operators import block, product
@@ -37,20 +37,13 @@ class _Diagonals:
     def __call__(self, params, batch, numbers):
         leaves, treedef = jax.tree.flatten(params)
         units = [_units(layer.arrays(params), of_layer) for layer, of_layer in zip(self.layers, numbers, strict=True)]
-        function = self._function(params, batch)
-        found = second_order(lambda *x: function(treedef.unflatten(x)), leaves, curves_of(leaves, self.layers, units))[
-            0
-        ]
+        function = twice_differentiated(self.curvature, self.loss, params, batch)
+        curves = curves_of(leaves, self.layers, units)
+        (found,) = second_order(lambda *x: function(treedef.unflatten(x)), leaves, curves)
         entries = jnp.zeros(numbers.shape, jnp.result_type(*leaves))
         if found is None or found.second is None:
             return entries
         return entries.at[jnp.array(found.layers)].set(found.second)
-
-    def _function(self, params, batch):
-        if self.curvature == "hessian":
-            return lambda p: self.loss(p, batch)
-        slope = jax.grad(self.loss.criterion)(self.loss.predict(params, batch), batch)
-        return lambda p: jnp.sum(slope * self.loss.predict(p, batch))
 
 
 def _units(arrays, numbers):

@@ -59,7 +59,7 @@ def second_order(
       For each output; None for one that does not move.
 
     Raises:
-      TypeError, NotImplementedError: where an operation has no derivatives in forward mode.
+      What JAX raises where an operation has no derivatives in forward mode.
     """
     closed = jax.make_jaxpr(function)(*args)
     return _walk(getattr(closed, "jaxpr", closed), closed.consts, args, curves, seconds)[1]

@@ -17,6 +17,7 @@ from jaxhess._examples import cut, fits_into
 from jaxhess._programs import array_bytes, program
 from jaxhess._samples import fresh
 from jaxhess._trees import automatic, fold_in, on_cpu, random_like, spread
+from jaxhess.estimates import LEAST
 from jaxhess.logits import Logits
 from jaxhess.objective import Objective
 from jaxhess.problem import Problem, compute
@@ -29,7 +30,6 @@ _MOST = 2**30  # the same of one probe of one group: where it takes more, there 
 PRODUCT = 8  # passes forward that a product with the whole net takes the time of; a sweep takes one for each layer
 # What JAX raises where there is no forward mode (a custom_vjp, a callback), or none for several rows.
 NO_SWEEP = (TypeError, ValueError, NotImplementedError)
-_LEAST = 8  # sweeps: with fewer, the standard error is too often small by chance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Sweep:
 
     def count(self, num_probes: int) -> int:
         """As many as take the time of so many products with the whole net, but not too few."""
-        return min(num_probes, max(_LEAST, round(num_probes / self.price)))
+        return min(num_probes, max(LEAST, round(num_probes / self.price)))
 
 
 def sweep_of(problem: Problem, distribution: Callable) -> Sweep | None:
@@ -167,6 +167,14 @@ def room_for(problem: Problem, function: Callable, layers: Sequence[Layer], grou
         return 0, 0.0
     room = _CACHED if all(on_cpu(x) for x in leaves if isinstance(x, jax.Array)) else _ROOM
     return max(1, room // max(wide, held, 1)), min(1.0, _ROOM / max(wide, 1))
+
+
+def twice_differentiated(curvature: str, loss: Any, params: PyTree, batch: PyTree) -> Callable[[PyTree], jax.Array]:
+    """The function of the parameters whose Hessian is asked for: the loss, or for H the outputs with a fixed slope."""
+    if curvature == "hessian":
+        return lambda p: loss(p, batch)
+    slope = jax.grad(loss.criterion)(loss.predict(params, batch), batch)
+    return lambda p: jnp.sum(slope * loss.predict(p, batch))
 
 
 def works(problem: Problem, function: Callable, *args: Any) -> bool:

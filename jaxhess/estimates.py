@@ -13,7 +13,7 @@ import numpy as np
 from jaxhess._checks import NotFiniteError, check_count, is_traced
 from jaxhess._trees import draw_keys
 
-_LEAST = 8  # probes under a tolerance
+LEAST = 8  # probes: with fewer, the standard error is too often small by chance
 
 
 class _Estimate(NamedTuple):
@@ -91,7 +91,7 @@ class Plan:
     def estimate(self, draw: Callable, why: Callable, key: jax.Array, names: Sequence[str]) -> list[Estimate]:
         """From ``draw(keys) -> (len(keys), quantities)``, in equal chunks of keys; ``why()`` one is not finite."""
         # The standard error of a handful of probes is too often small by chance.
-        least = max(self.num_probes, min(_LEAST, self.max_probes)) if self.adaptive else self.num_probes
+        least = max(self.num_probes, min(LEAST, self.max_probes)) if self.adaptive else self.num_probes
         limit = max(least, self.max_probes) if self.adaptive else least
         chunk = -(-least // -(-least // self.chunk_size))  # equal chunks: one shape, one compilation
         samples = np.zeros((0, len(names)))
@@ -118,7 +118,7 @@ class Plan:
     def of_ggn(self, share: int) -> Plan:
         """For G where it is a part: one in ``share`` of the probes, or a sixteenth of the variance of a tolerance."""
         rtol, atol = (None if x is None else x / 4 for x in (self.rtol, self.atol))
-        return Plan(max(_LEAST, self.num_probes // share), rtol, atol, self.max_probes, self.chunk_size)
+        return Plan(max(LEAST, self.num_probes // share), rtol, atol, self.max_probes, self.chunk_size)
 
     def tolerance(self, mean: float) -> float:
         """The largest standard error that is wanted for a mean."""

@@ -24,6 +24,7 @@ from jaxhess._trees import (
     random_like,
     random_rows,
     sampler,
+    tree_bytes,
     tree_size,
 )
 from jaxhess._xtrace import samples as xtrace
@@ -262,8 +263,7 @@ def _rows_are_cheap(problem, plan):
     each = problem.outputs.size // max(1, len(problem.outputs)) if problem.outputs.ndim > 1 else np.inf
     if each > 2 * plan.num_probes:  # for twice the time the error is gone
         return False
-    bytes_each = each * sum(x.nbytes for x in jax.tree.leaves(problem.params))
-    return bytes_each <= 2**30 and problem.of_examples is not None
+    return each * tree_bytes(problem.params) <= 2**30 and problem.of_examples is not None
 
 
 # ---- Hess = G + H ----
