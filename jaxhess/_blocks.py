@@ -13,7 +13,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from jaxhess._checks import NotFiniteError
-from jaxhess._curves import curves_of, second_order
+from jaxhess._curves import curves_of, leaves_of, tape_of
 from jaxhess._diagnosis import why_not_finite
 from jaxhess._lanczos import Steps
 from jaxhess._linear import Linear
@@ -54,18 +54,22 @@ class Blocks(Linear):
     @full_precision
     def _of_layers(self, params, batch, layers, parts):
         leaves, treedef = jax.tree.flatten(params)
+        of_ggn = self.curvature == "ggn"
+        if of_ggn:
+            function = lambda p: self.loss.predict(p, batch)
+        else:
+            function = twice_differentiated(self.curvature, self.loss, params, batch)
+        tape = tape_of(lambda *x: function(treedef.unflatten(x)), leaves, leaves_of(layers))
+        (out,) = (tape.values[place] for place in tape.outs)
+        slopes = {} if of_ggn else tape.slopes([jnp.ones_like(out)])
 
         def form(others):
             directions = [[[x[None] for x in jax.tree.leaves(part)] for part in way] for way in (parts, others)]
             curves = curves_of(leaves, layers, *directions)
-            if self.curvature == "ggn":
-                outputs = self.loss.predict(params, batch)
-                predict = lambda *x: self.loss.predict(treedef.unflatten(x), batch)
-                (found,) = second_order(predict, leaves, curves, "none")
-                return 0.0 if found is None else self._ggn_form(outputs, batch, found)
-            function = twice_differentiated(self.curvature, self.loss, params, batch)
-            (found,) = second_order(lambda *x: function(treedef.unflatten(x)), leaves, curves, "sum")
-            return 0.0 if found is None or found.second is None else found.second
+            if not of_ggn:
+                return tape.seconds(curves, slopes, len(layers))[0].sum()
+            (found,) = tape.firsts(curves)
+            return 0.0 if found is None else self._ggn_form(out, batch, found)
 
         return jax.grad(form)(jax.tree.map(jnp.zeros_like, parts))
 

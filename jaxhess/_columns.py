@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxhess._curves import curves_of, second_order
+from jaxhess._curves import curves_of, leaves_of, tape_of
 from jaxhess._linear import as_linear
 from jaxhess._programs import rounding_of
 from jaxhess._sweep import PRODUCT, room_for, twice_differentiated, works
@@ -23,7 +23,7 @@ from jaxhess.problem import Problem
 from jaxhess.selections import Layer
 
 PyTree = Any
-_TRIED = 8  # entries of either kind by which the rounding of all is judged
+_TRIED = 4  # entries of either kind by which the rounding of all is judged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +38,9 @@ class _Diagonals:
         leaves, treedef = jax.tree.flatten(params)
         units = [_units(layer.arrays(params), of_layer) for layer, of_layer in zip(self.layers, numbers, strict=True)]
         function = twice_differentiated(self.curvature, self.loss, params, batch)
-        curves = curves_of(leaves, self.layers, units)
-        (found,) = second_order(lambda *x: function(treedef.unflatten(x)), leaves, curves)
-        entries = jnp.zeros(numbers.shape, jnp.result_type(*leaves))
-        if found is None or found.second is None:
-            return entries
-        return entries.at[jnp.array(found.layers)].set(found.second)
+        tape = tape_of(lambda *x: function(treedef.unflatten(x)), leaves, leaves_of(self.layers))
+        slopes = tape.slopes([jnp.ones_like(tape.values[place]) for place in tape.outs])
+        return tape.seconds(curves_of(leaves, self.layers, units), slopes, len(self.layers))[0]
 
 
 def _units(arrays, numbers):
@@ -75,7 +72,7 @@ def _columns(problem, layer):
 
 def _of_alike(problem, curvature, layers):
     diagonals, sizes = _Diagonals(curvature, problem.loss, layers), [_columns(problem, layer) for layer in layers]
-    width = min(room_for(problem, problem.loss, layers)[0], max(sizes))
+    width = min(room_for(problem, problem.loss, layers)[0], max(sizes), 2 * _TRIED)
     if not width or not works(problem, diagonals, jnp.zeros((len(layers), width), jnp.int32)):
         return {layer.name: _by_products(problem, curvature, layer) for layer in layers}
     eps = max(own_eps(problem.params), rounding_of(problem.loss, problem.params, problem.first))
@@ -121,16 +118,17 @@ def columns(operator: Callable, like: PyTree) -> tuple[float, float]:
 
 
 def small_layers(problem: Problem, plan: Plan) -> list[Layer]:
-    """Those whose columns take at most half of the time of the probes that are asked for, or that a tolerance may take.
+    """Those whose columns take at most an eighth of the time of the probes.
 
-    By sweeps, a column takes the time of a pass forward; else two products, one of them for its rounding.
+    By sweeps, a column takes about the time of a pass forward. Without them it takes two products, one of them for its
+    rounding, and the columns may take half of the time. Under a tolerance, the probes are all that it may take.
     """
     if any(automatic(x) is not x for x in jax.tree.leaves((problem.params, problem.first))):
         return []
     ordered = sorted(problem.layers, key=lambda layer: _columns(problem, layer))
     swept = room_for(problem, problem.loss, ordered)[0] > 0
     products = (plan.max_probes if plan.adaptive else plan.num_probes) // 4
-    left = max(plan.num_probes * PRODUCT // 2, products if plan.adaptive else 0) if swept else products
+    left = max(plan.num_probes * PRODUCT // 8, products if plan.adaptive else 0) if swept else products
     found = []
     for layer in ordered:
         left -= _columns(problem, layer)

@@ -1,13 +1,18 @@
-"""Second derivatives of a function along many directions, each in one layer, in one sweep forward.
+"""Second derivatives of a function along many directions, each in one layer, from one sweep forward.
+
+With the function x_0 -> x_1 -> ..., let dx be the derivative of each x along a direction u, and s_x the slope of the
+result in x. The second derivative of the result along u is the sum of s_x . D^2 x[dx, dx] over all operations x, of
+which most bend nothing. The slopes are the same for all directions: one pass back. The sweep carries the dx alone.
 
 A direction in a layer moves nothing before that layer. So an operation is differentiated along the directions of those
 layers only whose parameters reach it: about half of the work of taking every layer through the whole net, in a program
-as long as that of one. The interpreter is of the kind that JAX's documentation describes under custom interpreters.
+as long as that of one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from jaxhess._programs import used_inputs
+from jaxhess._checks import at_least_float32, standard_promotion
+from jaxhess._programs import used_inputs, work_of
 
 # Calls whose inside is taken operation by operation. Those with rules of their own for derivatives are left whole.
 _OPENED = frozenset("jit pjit closed_call core_call checkpoint remat remat2".split())
@@ -28,62 +34,179 @@ _BILINEAR = frozenset("conv_general_dilated dot_general mul".split())
 
 
 class Curve(NamedTuple):
-    """The derivatives of x(p + s u + t v) at 0, for directions u and v in each of several layers; often u is v.
+    """The first derivatives of x(p + s u + t v) at 0, for directions u and v in each of several layers; often u is v.
 
     Attributes:
       layers: whose directions move x, by number.
       firsts: those along each of the directions, (layers, probes, *x.shape); one array if they are the same.
-      second: the mixed one, likewise, or x.shape if only the sum over layers and probes is asked for; None for zero.
-      bent: the layers whose second derivatives need not vanish.
     """
 
     layers: tuple[int, ...]
     firsts: tuple[jax.Array, ...]
-    second: jax.Array | None = None
-    bent: frozenset[int] = frozenset()
 
 
-def second_order(
-    function: Callable, args: Sequence[Any], curves: Sequence[Curve | None], seconds: str = "each"
-) -> list[Curve | None]:
-    """The curves of the outputs of a function, from those of its arguments.
+class _Step(NamedTuple):
+    """An operation on a tape, with the places of what it takes and of what it makes."""
+
+    eqn: Any
+    ins: list[int]
+    outs: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tape:
+    """The operations of a function at a point, in their order.
+
+    Attributes:
+      values: of everything, by its place; those of the arguments come first.
+      steps: the operations that something moves through.
+      outs: the places of the outputs.
+      moving: the places of what moves.
+    """
+
+    values: list[Any]
+    steps: list[_Step]
+    outs: list[int]
+    moving: frozenset[int]
+
+    def slopes(self, slopes: Sequence[jax.Array]) -> dict[int, jax.Array]:
+        """{place: the slope in what lies there}, from the slopes in the outputs: one pass back."""
+        found: dict[int, jax.Array] = {}
+        for place, slope in zip(self.outs, slopes, strict=True):
+            _add(found, place, slope)
+        for step in reversed(self.steps):
+            local = self._local(step, [i for i, place in enumerate(step.ins) if place in self.moving])
+            outs = [step.outs[i] for i in local.smooth]
+            if any(place in found for place in outs):
+                made, back = jax.vjp(local, *local.point)
+                known = [found.get(place, jnp.zeros_like(x)) for place, x in zip(outs, made, strict=True)]
+                for i, slope in zip(local.places, back(known), strict=True):
+                    _add(found, step.ins[i], slope)
+        return found
+
+    def firsts(self, curves: Sequence[Curve | None]) -> list[Curve | None]:
+        """The curves of the outputs, from those of the arguments; None for one that does not move."""
+        moved = self._moved(curves, lambda *_: None)
+        return [moved.get(place) for place in self.outs]
+
+    @standard_promotion
+    def seconds(
+        self, curves: Sequence[Curve | None], slopes: dict[int, jax.Array], count: int
+    ) -> tuple[jax.Array, frozenset[int]]:
+        """(count, probes) second derivatives of the layers, and those layers for which they need not vanish.
+
+        Args:
+          curves: of the arguments.
+          slopes: as the method of this name gives them.
+          count: the number of layers.
+        """
+        found: dict[tuple, jax.Array] = {}
+
+        def visit(local, step, some, directions):
+            known = [slopes.get(step.outs[i]) for i in local.smooth]
+            if all(slope is None for slope in known) or not local.bends():
+                return
+            bends = _over_rows(local.bend, [x for of_inputs in directions for x in of_inputs])
+            for x, slope in zip(bends, known, strict=True):
+                if slope is not None:  # added up before they are summed: the compiler makes one loop of such products
+                    _add(found, (tuple(some), slope.shape), (x * slope[None, None]).real)
+
+        self._moved(curves, visit)
+        if not found:
+            probes = next(curve.firsts[0].shape[1] for curve in curves if curve is not None)
+            return jnp.zeros((count, probes)), frozenset()
+        sums = jnp.concatenate([_summed(x) for x in found.values()])
+        layers = [layer for some, _ in found for layer in some]
+        return jax.ops.segment_sum(sums, jnp.array(layers), count), frozenset(layers)
+
+    def _moved(self, curves, visit):
+        """{place: its curve}; ``visit(operation, step, layers, directions)`` is called on the way."""
+        moved = {place: curve for place, curve in enumerate(curves) if curve is not None}
+        for step in self.steps:
+            local = self._local(step, ())
+            parts = []
+            for places, layers in _classes([moved.get(place) for place in step.ins]).items():
+                local = local._replace(places=places)
+                some = [_of_layers(moved[step.ins[i]], layers) for i in places]
+                directions = list(zip(*some, strict=True))
+                visit(local, step, layers, directions)
+                firsts = list(zip(*(_over_rows(local.slope, of_inputs) for of_inputs in directions), strict=True))
+                parts.append([Curve(tuple(layers), x) for x in firsts])
+            for number, i in enumerate(local.smooth if parts else ()):
+                moved[step.outs[i]] = _joined([part[number] for part in parts])
+        return moved
+
+    def _local(self, step, places):
+        ins = [self.values[place] for place in step.ins]
+        smooth = [i for i, place in enumerate(step.outs) if _is_smooth(self.values[place])]
+        return _Local(step.eqn, ins, smooth, tuple(places))
+
+
+def tape_of(function: Callable, args: Sequence[Any], moving: Iterable[int]) -> Tape:
+    """What a function does.
 
     Args:
       function: ``function(*args) -> arrays``, a pytree of them.
       args: arrays.
-      curves: of each argument; None for one that does not move.
-      seconds: which second derivatives are asked for: those of "each" layer; their "sum" over all layers, which takes
-        one pass forward; or "none".
-
-    Returns:
-      For each output; None for one that does not move.
-
-    Raises:
-      What JAX raises where an operation has no derivatives in forward mode.
+      moving: the numbers of those that move.
     """
     closed = jax.make_jaxpr(function)(*args)
-    return _walk(getattr(closed, "jaxpr", closed), closed.consts, args, curves, seconds)[1]
+    values: list[Any] = list(args)
+    steps: list[_Step] = []
+    moving = set(moving)
+
+    def put(x):
+        values.append(x)
+        return len(values) - 1
+
+    def record(jaxpr, consts, at):
+        places = dict(zip(jaxpr.constvars, map(put, consts), strict=True)) | dict(zip(jaxpr.invars, at, strict=True))
+
+        def read(variables):
+            return [put(var.val) if isinstance(var, Literal) else places[var] for var in variables]
+
+        for eqn in jaxpr.eqns:
+            ins, inner = read(eqn.invars), _inner(eqn)
+            if inner is not None:
+                outs = record(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), ins)
+            else:
+                outs = [put(x) for x in _bind(eqn, [values[place] for place in ins])]
+                if moving.intersection(ins):
+                    steps.append(_Step(eqn, ins, outs))
+                    moving.update(place for place in outs if _is_smooth(values[place]))
+            places.update(zip(eqn.outvars, outs, strict=True))
+        return read(jaxpr.outvars)
+
+    outs = record(getattr(closed, "jaxpr", closed), closed.consts, range(len(values)))
+    return Tape(values, steps, outs, frozenset(moving))
 
 
-def _walk(jaxpr, consts, args, curves, seconds):
-    """The outputs of a jaxpr, and their curves."""
-    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
-    moving = {var: curve for var, curve in zip(jaxpr.invars, curves, strict=True) if curve is not None}
+def work_along(jaxpr: Any, layers: Sequence[Any]) -> tuple[int, int]:
+    """The work of a program, and that of carrying one direction in each layer through it, as `work_of` counts it.
 
-    def read(variables):
-        known = [var.val if isinstance(var, Literal) else values[var] for var in variables]
-        return known, [None if isinstance(var, Literal) else moving.get(var) for var in variables]
+    The first inputs of the program are the leaves that the layers move.
+    """
+    reached: dict[int, set[int]] = {}
+    for number, layer in enumerate(layers):
+        for leaf in leaves_of([layer]):
+            reached.setdefault(leaf, set()).add(number)
+    return _work(jaxpr, [reached.get(place, set()) for place in range(len(jaxpr.invars))])[1:]
 
+
+def _work(jaxpr, ins):
+    """The layers that reach each output, the work of a jaxpr, and that of carrying all layers through it."""
+    reached, work, carried = dict(zip(jaxpr.invars, ins, strict=True)), 0, 0
+    read = lambda variables: [set() if isinstance(var, Literal) else reached.get(var, set()) for var in variables]
     for eqn in jaxpr.eqns:
-        ins, moves = read(eqn.invars)
-        inner = _inner(eqn)
-        if inner is None:
-            outs, moved = _apply(eqn, ins, moves, seconds)
+        ins, inner = read(eqn.invars), _inner(eqn)
+        if inner is not None:
+            outs, one, all_layers = _work(getattr(inner, "jaxpr", inner), ins)
         else:
-            outs, moved = _walk(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), ins, moves, seconds)
-        values.update(zip(eqn.outvars, outs, strict=True))
-        moving.update((var, curve) for var, curve in zip(eqn.outvars, moved, strict=True) if curve is not None)
-    return read(jaxpr.outvars)
+            one = work_of(eqn)
+            outs, all_layers = [set().union(*ins)] * len(eqn.outvars), one * sum(map(len, ins))
+        work, carried = work + one, carried + all_layers
+        reached.update(zip(eqn.outvars, outs, strict=True))
+    return read(jaxpr.outvars), work, carried
 
 
 def _inner(eqn):
@@ -101,20 +224,12 @@ def _bind(eqn, ins):
     return list(outs) if eqn.primitive.multiple_results else [outs]
 
 
-def _apply(eqn, ins, curves, seconds):
-    """The outputs of an operation, and their curves."""
-    outs = _bind(eqn, ins)
-    smooth = [i for i, x in enumerate(outs) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
-    moved: list[Curve | None] = [None] * len(outs)
-    local = partial(_Local, eqn, ins, smooth)
-    parts = [_along(local(places), curves, layers, seconds) for places, layers in _classes(curves).items()]
-    for number, i in enumerate(smooth if parts else ()):
-        moved[i] = _joined([part[number] for part in parts], seconds == "sum")
-    pushed = tuple(i for i, curve in enumerate(curves) if curve is not None and curve.second is not None)
-    if seconds == "sum" and pushed:
-        for i, more in zip(smooth, local(pushed).slope(*(curves[i].second for i in pushed)), strict=True):
-            moved[i] = moved[i]._replace(second=more if moved[i].second is None else more + moved[i].second)
-    return outs, moved
+def _is_smooth(x):
+    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+
+
+def _add(found, place, x):
+    found[place] = found[place] + x if place in found else x
 
 
 class _Local(NamedTuple):
@@ -153,6 +268,12 @@ class _Local(NamedTuple):
         return any(used_inputs(getattr(closed, "jaxpr", closed)))
 
 
+def _summed(rows):
+    """(layers, probes) sums in float32 at least; a product with ones is faster than a sum on CPUs."""
+    flat = rows.reshape(*rows.shape[:2], -1)
+    return jnp.matmul(flat, jnp.ones(flat.shape[2], flat.dtype), preferred_element_type=at_least_float32(rows))
+
+
 def _classes(curves):
     """{the inputs that the directions of some layers move: these layers}."""
     moved: dict[int, list[int]] = {}
@@ -165,35 +286,11 @@ def _classes(curves):
     return classes
 
 
-def _along(local, curves, layers, wanted):
-    """The curves of the outputs of an operation for the directions of some layers."""
-    some = [_of_layers(curves[i], layers, wanted == "each") for i in local.places]
-    directions = list(zip(*(curve.firsts for curve in some), strict=True))
-    firsts = list(zip(*(_over_rows(local.slope, of_inputs) for of_inputs in directions), strict=True))
-    bends = wanted != "none" and local.bends()
-    seconds = [None] * len(firsts)
-    if bends:
-        seconds = _over_rows(local.bend, [x for of_inputs in directions for x in of_inputs])
-    if wanted == "sum":
-        seconds = [None if x is None else x.sum((0, 1)) for x in seconds]
-    elif any(curve.second is not None for curve in some):
-        pushed = [jnp.zeros_like(c.firsts[0]) if c.second is None else c.second for c in some]
-        more = _over_rows(local.slope, pushed)
-        seconds = [x if y is None else x + y for x, y in zip(more, seconds, strict=True)]
-    bent = frozenset(layers) if bends else _union(some)
-    return [Curve(tuple(layers), x, y, bent) for x, y in zip(firsts, seconds, strict=True)]
-
-
-def _union(curves):
-    return frozenset().union(*(curve.bent for curve in curves))
-
-
-def _of_layers(curve, layers, with_second):
-    """The curve for some of its layers."""
+def _of_layers(curve, layers):
+    """The first derivatives along the directions of some layers."""
     at = [curve.layers.index(layer) for layer in layers]
     cut = slice(at[0], at[-1] + 1) if at == list(range(at[0], at[-1] + 1)) else jnp.array(at)
-    second = curve.second[cut] if with_second and curve.second is not None else None
-    return Curve(tuple(layers), tuple(x[cut] for x in curve.firsts), second, curve.bent & frozenset(layers))
+    return tuple(x[cut] for x in curve.firsts)
 
 
 def _over_rows(function, tangents):
@@ -203,21 +300,19 @@ def _over_rows(function, tangents):
     return [x.reshape(*rows, *x.shape[1:]) for x in found]
 
 
-def _joined(curves, summed):
+def _joined(curves):
     """One curve of those for several layers."""
     layers = tuple(layer for curve in curves for layer in curve.layers)
-    firsts = tuple(_stacked(x) for x in zip(*(curve.firsts for curve in curves), strict=True))
-    known = [curve.second for curve in curves if curve.second is not None]
-    second = None
-    if known and summed:
-        second = sum(known)
-    elif known:
-        second = _stacked([jnp.zeros_like(c.firsts[0]) if c.second is None else c.second for c in curves])
-    return Curve(layers, firsts, second, _union(curves))
+    return Curve(layers, tuple(_stacked(x) for x in zip(*(curve.firsts for curve in curves), strict=True)))
 
 
 def _stacked(parts):
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+
+def leaves_of(layers: Iterable[Any]) -> set[int]:
+    """The numbers of the leaves that the directions of some layers move."""
+    return {piece.leaf for layer in layers for piece in layer.pieces}
 
 
 def curves_of(leaves: Sequence[jax.Array], layers: Sequence[Any], *directions: Sequence[list]) -> list[Curve | None]:

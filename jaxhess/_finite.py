@@ -77,7 +77,9 @@ def _tried(curvature, problem, wide):
     at = _AnyStep(At(curvature, problem.loss, problem.whole))
 
     def product(v, step):
-        return in_precision(wide, at, problem.params, problem.first, v, np.float32(step))
+        # One at a time: JAX on CPUs in several processes stops for ever where programs that communicate, and what is
+        # made of their results, are under way together.
+        return jax.block_until_ready(in_precision(wide, at, problem.params, problem.first, v, np.float32(step)))
 
     v = _slope(problem.loss, problem.params, problem.first)
     steps = _WIDE if wide else _NARROW

@@ -1,5 +1,6 @@
 """What can be read off the program of a user's function, its jaxpr, without running it."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
+_OF_ENTRY = 16  # the work of an entry that an operation other than a product of matrices makes: it waits for memory
 REVERSE_ONLY = (
     "With differentiation='finite', products are central differences of gradients, which reverse mode gives. "
     "What works as it is: Tr G of an Objective, layer_traces(..., curvature='ggn'), and its Gram matrix, "
@@ -27,10 +29,14 @@ def equations(jaxpr: Any, in_loop: bool = False) -> Iterator[tuple[Any, bool]]:
         yield eqn, in_loop
         inside = in_loop or eqn.primitive.name in ("scan", "while")
         for value in eqn.params.values():
-            for item in value if isinstance(value, (tuple, list)) else (value,):
-                inner = getattr(item, "jaxpr", item)
-                if hasattr(inner, "eqns"):
-                    yield from equations(inner, inside)
+            for inner in _inside(value):
+                yield from equations(inner, inside)
+
+
+def _inside(value):
+    """The jaxprs in a parameter of an operation."""
+    items = (getattr(item, "jaxpr", item) for item in (value if isinstance(value, (tuple, list)) else (value,)))
+    return [item for item in items if hasattr(item, "eqns")]
 
 
 def array_bytes(jaxpr: Any, times: int = 1) -> Iterator[tuple[int, int]]:
@@ -40,10 +46,24 @@ def array_bytes(jaxpr: Any, times: int = 1) -> Iterator[tuple[int, int]]:
             if hasattr(var.aval, "dtype"):
                 yield var.aval.size * var.aval.dtype.itemsize, times
         for value in eqn.params.values():
-            for item in value if isinstance(value, (tuple, list)) else (value,):
-                inner = getattr(item, "jaxpr", item)
-                if hasattr(inner, "eqns"):
-                    yield from array_bytes(inner, times * (eqn.params["length"] if eqn.primitive.name == "scan" else 1))
+            for inner in _inside(value):
+                yield from array_bytes(inner, times * (eqn.params["length"] if eqn.primitive.name == "scan" else 1))
+
+
+def work_of(eqn: Any) -> int:
+    """The work of an operation, in multiplications and additions."""
+    size = sum(var.aval.size for var in eqn.outvars if hasattr(var.aval, "size"))
+    inner = [jaxpr for value in eqn.params.values() for jaxpr in _inside(value)]
+    if inner:
+        times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        return times * sum(work_of(one) for jaxpr in inner for one in jaxpr.eqns)
+    if eqn.primitive.name == "dot_general":
+        (contracted, _), _ = eqn.params["dimension_numbers"]
+        return 2 * size * math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+    if eqn.primitive.name == "conv_general_dilated":
+        kernel = eqn.invars[1].aval
+        return 2 * size * (kernel.size // kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]])
+    return _OF_ENTRY * size
 
 
 def used_inputs(jaxpr: Any) -> list[bool]:

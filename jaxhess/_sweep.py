@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhess._checks import at_least_float32, is_traced
-from jaxhess._curves import curves_of, second_order
+from jaxhess._curves import curves_of, leaves_of, tape_of, work_along
 from jaxhess._examples import cut, fits_into
 from jaxhess._programs import array_bytes, program
 from jaxhess._samples import fresh
@@ -27,7 +27,9 @@ PyTree = Any
 _CACHED = 2**24  # bytes of the widest array of a sweep, up to which probes go side by side on a CPU
 _ROOM = 2**28  # the same on other devices, and for groups of examples side by side
 _MOST = 2**30  # the same of one probe of one group: where it takes more, there is no sweep
-PRODUCT = 8  # passes forward that a product with the whole net takes the time of; a sweep takes one for each layer
+PRODUCT = 8  # passes forward that a product with the whole net takes the time of
+_OF_DRAW = 512  # the work of drawing an entry of a vector and of reading it, in multiplications and additions
+_OF_CALL = 2**24  # the same of starting a program
 # What JAX raises where there is no forward mode (a custom_vjp, a callback), or none for several rows.
 NO_SWEEP = (TypeError, ValueError, NotImplementedError)
 
@@ -48,6 +50,7 @@ class SweepSamples:
     parts: tuple[Layer, ...] = ()  # that add up to the whole net, where the layers do not
     of_examples: tuple[bool, ...] | None = None  # which arrays of the batch hold an entry for each example
     at_a_time: int = 1  # groups that are taken side by side
+    side_by_side: int = 1  # the most probes that are
 
     def keys_of_batch(self, keys, number):
         """A fresh draw for each batch: the estimate is a sum over examples."""
@@ -56,7 +59,8 @@ class SweepSamples:
     def __call__(self, params, batch, keys):
         outputs = self.objective.predict(params, batch)
         slope = jax.grad(self.objective.criterion)(outputs.astype(at_least_float32(outputs)), batch)
-        count = fits_into(self.of_examples, outputs, len(keys) * held_by(params, self.layers + self.parts))
+        width = divisor(len(keys), self.side_by_side)
+        count = fits_into(self.of_examples, outputs, width * held_by(params, self.layers + self.parts))
         if count == 1:
             return self._with_total(*self._forms(params, batch, slope, keys))
 
@@ -65,7 +69,7 @@ class SweepSamples:
 
         split, join = cut(batch, self.of_examples, count)
         groups = split, slope.reshape(count, -1, *slope.shape[1:]), jnp.arange(count)
-        size = next(size for size in range(min(self.at_a_time, count), 0, -1) if count % size == 0)
+        size = divisor(count, self.at_a_time)
         if size == count:
             samples, bent = jax.vmap(of_group)(*groups)
         else:
@@ -75,17 +79,23 @@ class SweepSamples:
     def _forms(self, params, batch, slope, keys):
         """(layers, probes) forms of the layers and parts; and for each whether it bends."""
         leaves, treedef = jax.tree.flatten(params)
-        vectors = jax.vmap(lambda key: random_like(key, params, self.distribution))(keys)
         layers = self.layers + self.parts
-        curves = curves_of(leaves, layers, [jax.vmap(layer.arrays)(vectors) for layer in layers])
-        (found,) = second_order(lambda *x: self.objective.predict(treedef.unflatten(x), batch), leaves, curves)
-        forms, bent = jnp.zeros((len(layers), len(keys)), slope.dtype), np.zeros(len(layers))
-        if found is not None and found.second is not None:
-            forms = forms.at[jnp.array(found.layers)].set(
-                jnp.tensordot(found.second.astype(slope.dtype), slope, slope.ndim)
-            )
-            bent[list(found.bent)] = 1
-        return forms, jnp.array(bent)
+        predict = lambda *x: self.objective.predict(treedef.unflatten(x), batch)
+        tape = tape_of(predict, leaves, leaves_of(layers))
+        slopes = tape.slopes([slope.astype(tape.values[place].dtype) for place in tape.outs])
+
+        def along(keys):
+            vectors = jax.vmap(lambda key: random_like(key, params, self.distribution))(keys)
+            curves = curves_of(leaves, layers, [jax.vmap(layer.arrays)(vectors) for layer in layers])
+            forms, bent = tape.seconds(curves, slopes, len(layers))
+            return forms.T.astype(slope.dtype), jnp.array([float(i in bent) for i in range(len(layers))])
+
+        width = divisor(len(keys), self.side_by_side)
+        if width == len(keys):
+            forms, bent = along(keys)
+            return forms.T, bent
+        forms, bent = jax.lax.map(along, keys.reshape(-1, width))
+        return forms.reshape(len(keys), -1).T, bent[0]
 
     def _with_total(self, forms, bent):
         """(probes, layers + 1), and the same of what bends."""
@@ -100,28 +110,17 @@ class Sweep:
 
     Attributes:
       samples: what one gives.
-      side_by_side: the most probes at a time.
+      price: of a sweep, in products with the whole net.
     """
 
     problem: Problem
     samples: SweepSamples
-    side_by_side: int
+    price: float
 
     def draw(self, keys: jax.Array) -> tuple[np.ndarray, np.ndarray]:
         """(keys, layers + 1) samples, and (layers + 1,) whether there is an H."""
-        most = min(self.side_by_side, len(keys))
-        each = next(size for size in range(most, 0, -1) if len(keys) % size == 0)
-        parts = [self._mean(keys[i : i + each]) for i in range(0, len(keys), each)]
-        return np.concatenate([np.asarray(samples) for samples, _ in parts]), np.asarray(parts[0][1]) > 0
-
-    def _mean(self, keys):
-        samples = self.samples
-        return self.problem.mean(samples, lambda number: (samples.keys_of_batch(keys, number),))
-
-    @property
-    def price(self) -> float:
-        """Of a sweep, in products with the whole net."""
-        return max(1.0, len(self.problem.layers) / PRODUCT)
+        samples, bent = self.problem.mean(self.samples, lambda number: (self.samples.keys_of_batch(keys, number),))
+        return np.asarray(samples), np.asarray(bent) > 0
 
     def count(self, num_probes: int) -> int:
         """As many as take the time of so many products with the whole net, but not too few."""
@@ -136,10 +135,20 @@ def sweep_of(problem: Problem, distribution: Callable) -> Sweep | None:
     groups = fits_into(problem.of_examples, problem.outputs, held_by(problem.params, problem.layers + parts))
     side_by_side, share = room_for(problem, problem.loss.predict, problem.layers + parts, groups)
     at_a_time = max(1, int(share * groups))
-    samples = SweepSamples(problem.loss, problem.layers, distribution, parts, problem.of_examples, at_a_time)
+    samples = SweepSamples(
+        problem.loss, problem.layers, distribution, parts, problem.of_examples, at_a_time, side_by_side
+    )
     if side_by_side and works(problem, samples, jax.random.split(jax.random.key(0), 1)):
-        return Sweep(problem, samples, side_by_side)
+        drawn = _OF_DRAW * groups * held_by(problem.params, problem.layers + parts) // 4
+        predict = program(problem.loss.predict, problem.params, problem.first)
+        work, along = work_along(predict, problem.layers + parts)
+        return Sweep(problem, samples, max(1.0, (along + drawn + _OF_CALL) / (PRODUCT * work + _OF_CALL)))
     return None
+
+
+def divisor(count: int, most: int) -> int:
+    """The largest divisor of a count that is not above ``most``."""
+    return next(size for size in range(min(most, count), 0, -1) if count % size == 0)
 
 
 def held_by(params: PyTree, layers: Sequence[Layer]) -> int:
