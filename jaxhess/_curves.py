@@ -69,10 +69,10 @@ class Tape:
     outs: list[int]
     moving: frozenset[int]
 
-    def slopes(self, slopes: Sequence[jax.Array]) -> dict[int, jax.Array]:
-        """{place: the slope in what lies there}, from the slopes in the outputs: one pass back."""
+    def slopes(self, of_outputs: Sequence[jax.Array]) -> dict[int, jax.Array]:
+        """{place: the slope of the result in what lies there}, from those in the outputs: one pass back."""
         found: dict[int, jax.Array] = {}
-        for place, slope in zip(self.outs, slopes, strict=True):
+        for place, slope in zip(self.outs, of_outputs, strict=True):
             _add(found, place, slope)
         for step in reversed(self.steps):
             local = self._local(step, [i for i, place in enumerate(step.ins) if place in self.moving])
@@ -93,11 +93,11 @@ class Tape:
     def seconds(
         self, curves: Sequence[Curve | None], slopes: dict[int, jax.Array], count: int
     ) -> tuple[jax.Array, frozenset[int]]:
-        """(count, probes) second derivatives of the layers, and those layers for which they need not vanish.
+        """(layers, probes) second derivatives of the result, and the layers for which they need not vanish.
 
         Args:
           curves: of the arguments.
-          slopes: as the method of this name gives them.
+          slopes: as `slopes` returns them.
           count: the number of layers.
         """
         found: dict[tuple, jax.Array] = {}
@@ -109,7 +109,8 @@ class Tape:
             bends = _over_rows(local.bend, [x for of_inputs in directions for x in of_inputs])
             for x, slope in zip(bends, known, strict=True):
                 if slope is not None:  # added up before they are summed: the compiler makes one loop of such products
-                    _add(found, (tuple(some), slope.shape), (x * slope[None, None]).real)
+                    wide = at_least_float32(x, slope)
+                    _add(found, (tuple(some), slope.shape), (x.astype(wide) * slope[None, None]).real)
 
         self._moved(curves, visit)
         if not found:
@@ -269,9 +270,9 @@ class _Local(NamedTuple):
 
 
 def _summed(rows):
-    """(layers, probes) sums in float32 at least; a product with ones is faster than a sum on CPUs."""
+    """(layers, probes) sums, as a product with ones, which is faster on CPUs."""
     flat = rows.reshape(*rows.shape[:2], -1)
-    return jnp.matmul(flat, jnp.ones(flat.shape[2], flat.dtype), preferred_element_type=at_least_float32(rows))
+    return jnp.matmul(flat, jnp.ones(flat.shape[2], flat.dtype))
 
 
 def _classes(curves):

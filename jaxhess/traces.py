@@ -148,20 +148,20 @@ def layer_traces(
 
     By probes of the whole net: with one v over all parameters, v_l . (A v)_l is unbiased for Tr(A_l) for every layer at
     once, for one product. By sweeps: v_l . H_l v_l is the second derivative along v_l of the outputs times the slope of
-    the criterion, and one pass forward has that of all layers, each by itself and each example with a v of its own. For
-    "ggn": with B B' = S and random e over the outputs, ||(J' B e)_l||^2 is unbiased for Tr(G_l), for one backward pass;
-    "auto" sums it over groups of examples that do not depend on each other, which is less noisy. Exactly: Tr(G_l) =
-    sum ||(J' b)_l||^2 over the columns b of B, one backward pass of an example for each of its outputs. Tr(Hess_l) =
-    Tr(G_l) + Tr(H_l), where H_l is zero in piecewise linear nets.
+    the criterion; one pass back and one forward find that of all layers, each by itself and each example with a v of
+    its own. For "ggn": with B B' = S and random e over the outputs, ||(J' B e)_l||^2 is unbiased for Tr(G_l), for one
+    backward pass; "auto" sums it over groups of examples that do not depend on each other, which is less noisy.
+    Exactly: Tr(G_l) = sum ||(J' b)_l||^2 over the columns b of B, one backward pass of an example for each of its
+    outputs. Tr(Hess_l) = Tr(G_l) + Tr(H_l), where H_l is zero in piecewise linear nets.
 
     Args:
       objective: a loss, or an `Objective` (which "ggn" and "functional" need).
       params: a pytree of floating-point arrays.
       batch: any pytree, or `Batches`.
       key: a JAX random key.
-      num_probes, probe, rtol, atol, max_probes, chunk_size: as for `trace`; a tolerance must hold for every layer
-        and for the total. Under a tolerance, "auto" begins with 16 probes of all layers. A sweep over more than eight
-        layers takes longer than a product; as many are drawn as take the time of ``num_probes`` products, at least 8.
+      num_probes, probe, rtol, atol, max_probes, chunk_size: as for `trace`; a tolerance must hold for every layer and
+        for the total. Under a tolerance, "auto" begins with 16 probes of all layers. A sweep over many layers takes
+        longer than a product; as many are drawn as take the time of ``num_probes`` products, at least 8.
       curvature: "hessian", "ggn" or "functional".
       method: "hutchinson" for probes of that curvature alone. "exact": G from its rows, other curvatures column by
         column. "split": Hess as G + H, with H in sweeps, or by probes of the whole net where forward mode cannot
