@@ -53,13 +53,12 @@ class Blocks(Linear):
 
     @full_precision
     def _of_layers(self, params, batch, layers, parts):
-        leaves, treedef = jax.tree.flatten(params)
-        of_ggn = self.curvature == "ggn"
+        leaves, of_ggn = jax.tree.leaves(params), self.curvature == "ggn"
         if of_ggn:
             function = lambda p: self.loss.predict(p, batch)
         else:
             function = twice_differentiated(self.curvature, self.loss, params, batch)
-        tape = tape_of(lambda *x: function(treedef.unflatten(x)), leaves, leaves_of(layers))
+        tape = tape_of(function, params, leaves_of(layers))
         (out,) = (tape.values[place] for place in tape.outs)
         slopes = {} if of_ggn else tape.slopes([jnp.ones_like(out)])
 

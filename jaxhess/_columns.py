@@ -15,7 +15,7 @@ import optax
 from jaxhess._curves import curves_of, leaves_of, tape_of
 from jaxhess._linear import as_linear
 from jaxhess._programs import rounding_of
-from jaxhess._sweep import PRODUCT, room_for, twice_differentiated, works
+from jaxhess._sweep import room_for, twice_differentiated, works
 from jaxhess._trees import automatic, jitter, own_eps, tree_size
 from jaxhess.estimates import Estimate, Plan
 from jaxhess.operators import block, product
@@ -35,10 +35,10 @@ class _Diagonals:
     layers: tuple[Layer, ...]
 
     def __call__(self, params, batch, numbers):
-        leaves, treedef = jax.tree.flatten(params)
+        leaves = jax.tree.leaves(params)
         units = [_units(layer.arrays(params), of_layer) for layer, of_layer in zip(self.layers, numbers, strict=True)]
         function = twice_differentiated(self.curvature, self.loss, params, batch)
-        tape = tape_of(lambda *x: function(treedef.unflatten(x)), leaves, leaves_of(self.layers))
+        tape = tape_of(function, params, leaves_of(self.layers))
         slopes = tape.slopes([jnp.ones_like(tape.values[place]) for place in tape.outs])
         return tape.seconds(curves_of(leaves, self.layers, units), slopes, len(self.layers))[0]
 
@@ -72,6 +72,7 @@ def _columns(problem, layer):
 
 def _of_alike(problem, curvature, layers):
     diagonals, sizes = _Diagonals(curvature, problem.loss, layers), [_columns(problem, layer) for layer in layers]
+    # Those that are tried are as many as one program takes, and compile nothing more.
     width = min(room_for(problem, problem.loss, layers)[0], max(sizes), 2 * _TRIED)
     if not width or not works(problem, diagonals, jnp.zeros((len(layers), width), jnp.int32)):
         return {layer.name: _by_products(problem, curvature, layer) for layer in layers}
@@ -118,17 +119,17 @@ def columns(operator: Callable, like: PyTree) -> tuple[float, float]:
 
 
 def small_layers(problem: Problem, plan: Plan) -> list[Layer]:
-    """Those whose columns take at most an eighth of the time of the probes.
+    """Those whose columns take at most an eighth of the time of the probes: by sweeps, as many as there are probes.
 
-    By sweeps, a column takes about the time of a pass forward. Without them it takes two products, one of them for its
+    A column takes about the time of a pass forward then. Without sweeps it takes two products, one of them for its
     rounding, and the columns may take half of the time. Under a tolerance, the probes are all that it may take.
     """
     if any(automatic(x) is not x for x in jax.tree.leaves((problem.params, problem.first))):
         return []
     ordered = sorted(problem.layers, key=lambda layer: _columns(problem, layer))
-    swept = room_for(problem, problem.loss, ordered)[0] > 0
-    products = (plan.max_probes if plan.adaptive else plan.num_probes) // 4
-    left = max(plan.num_probes * PRODUCT // 8, products if plan.adaptive else 0) if swept else products
+    left = (plan.max_probes if plan.adaptive else plan.num_probes) // 4
+    if room_for(problem, problem.loss, ordered)[0]:
+        left = max(left, plan.num_probes)
     found = []
     for layer in ordered:
         left -= _columns(problem, layer)

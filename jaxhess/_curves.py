@@ -58,7 +58,7 @@ class Tape:
     """The operations of a function at a point, in their order.
 
     Attributes:
-      values: of everything, by its place; those of the arguments come first.
+      values: of everything, by its place; the leaves of the parameters come first.
       steps: the operations that something moves through.
       outs: the places of the outputs.
       moving: the places of what moves.
@@ -85,7 +85,7 @@ class Tape:
         return found
 
     def firsts(self, curves: Sequence[Curve | None]) -> list[Curve | None]:
-        """The curves of the outputs, from those of the arguments; None for one that does not move."""
+        """The curves of the outputs, from those of the leaves; None for one that does not move."""
         moved = self._moved(curves, lambda *_: None)
         return [moved.get(place) for place in self.outs]
 
@@ -96,7 +96,7 @@ class Tape:
         """(layers, probes) second derivatives of the result, and the layers for which they need not vanish.
 
         Args:
-          curves: of the arguments.
+          curves: of the leaves.
           slopes: as `slopes` returns them.
           count: the number of layers.
         """
@@ -109,8 +109,7 @@ class Tape:
             bends = _over_rows(local.bend, [x for of_inputs in directions for x in of_inputs])
             for x, slope in zip(bends, known, strict=True):
                 if slope is not None:  # added up before they are summed: the compiler makes one loop of such products
-                    wide = at_least_float32(x, slope)
-                    _add(found, (tuple(some), slope.shape), (x.astype(wide) * slope[None, None]).real)
+                    _add(found, (tuple(some), slope.shape), _weighted(x, slope[None, None]))
 
         self._moved(curves, visit)
         if not found:
@@ -143,16 +142,16 @@ class Tape:
         return _Local(step.eqn, ins, smooth, tuple(places))
 
 
-def tape_of(function: Callable, args: Sequence[Any], moving: Iterable[int]) -> Tape:
+def tape_of(function: Callable, params: Any, moving: Iterable[int]) -> Tape:
     """What a function does.
 
     Args:
-      function: ``function(*args) -> arrays``, a pytree of them.
-      args: arrays.
-      moving: the numbers of those that move.
+      function: ``function(params) -> arrays``, a pytree of them.
+      params: a pytree of arrays.
+      moving: the numbers of the leaves that move.
     """
-    closed = jax.make_jaxpr(function)(*args)
-    values: list[Any] = list(args)
+    closed = jax.make_jaxpr(function)(params)
+    values: list[Any] = jax.tree.leaves(params)
     steps: list[_Step] = []
     moving = set(moving)
 
@@ -194,17 +193,18 @@ def work_along(jaxpr: Any, layers: Sequence[Any]) -> tuple[int, int]:
     return _work(jaxpr, [reached.get(place, set()) for place in range(len(jaxpr.invars))])[1:]
 
 
-def _work(jaxpr, ins):
+def _work(jaxpr, of_inputs):
     """The layers that reach each output, the work of a jaxpr, and that of carrying all layers through it."""
-    reached, work, carried = dict(zip(jaxpr.invars, ins, strict=True)), 0, 0
+    reached, work, carried = dict(zip(jaxpr.invars, of_inputs, strict=True)), 0, 0
     read = lambda variables: [set() if isinstance(var, Literal) else reached.get(var, set()) for var in variables]
     for eqn in jaxpr.eqns:
         ins, inner = read(eqn.invars), _inner(eqn)
         if inner is not None:
             outs, one, all_layers = _work(getattr(inner, "jaxpr", inner), ins)
         else:
-            one = work_of(eqn)
-            outs, all_layers = [set().union(*ins)] * len(eqn.outvars), one * sum(map(len, ins))
+            one, joined = work_of(eqn), set().union(*ins)
+            rows = sum(map(len, ins)) if eqn.primitive.name in _BILINEAR else len(joined)
+            outs, all_layers = [joined] * len(eqn.outvars), one * rows
         work, carried = work + one, carried + all_layers
         reached.update(zip(eqn.outvars, outs, strict=True))
     return read(jaxpr.outvars), work, carried
@@ -267,6 +267,11 @@ class _Local(NamedTuple):
         shapes = [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in self.point]
         closed = jax.make_jaxpr(self.bend)(*shapes)
         return any(used_inputs(getattr(closed, "jaxpr", closed)))
+
+
+def _weighted(rows, slope):
+    """Second derivatives times the slope, in float32 at least; infinite ones do not count where it is zero."""
+    return jnp.where(slope == 0, 0, rows.astype(at_least_float32(rows)) * slope).real
 
 
 def _summed(rows):

@@ -28,7 +28,7 @@ _CACHED = 2**24  # bytes of the widest array of a sweep, up to which probes go s
 _ROOM = 2**28  # the same on other devices, and for groups of examples side by side
 _MOST = 2**30  # the same of one probe of one group: where it takes more, there is no sweep
 PRODUCT = 8  # passes forward that a product with the whole net takes the time of
-_OF_DRAW = 512  # the work of drawing an entry of a vector and of reading it, in multiplications and additions
+_OF_PARAMETER = 128  # the work, in multiplications and additions, of making and reading an entry of a vector
 _OF_CALL = 2**24  # the same of starting a program
 # What JAX raises where there is no forward mode (a custom_vjp, a callback), or none for several rows.
 NO_SWEEP = (TypeError, ValueError, NotImplementedError)
@@ -49,7 +49,7 @@ class SweepSamples:
     distribution: Callable
     parts: tuple[Layer, ...] = ()  # that add up to the whole net, where the layers do not
     of_examples: tuple[bool, ...] | None = None  # which arrays of the batch hold an entry for each example
-    at_a_time: int = 1  # groups that are taken side by side
+    share: float = 0.0  # of the examples, at most, in the groups that are taken side by side
     side_by_side: int = 1  # the most probes that are
 
     def keys_of_batch(self, keys, number):
@@ -69,7 +69,7 @@ class SweepSamples:
 
         split, join = cut(batch, self.of_examples, count)
         groups = split, slope.reshape(count, -1, *slope.shape[1:]), jnp.arange(count)
-        size = divisor(count, self.at_a_time)
+        size = divisor(count, max(1, int(self.share * count)))
         if size == count:
             samples, bent = jax.vmap(of_group)(*groups)
         else:
@@ -78,17 +78,17 @@ class SweepSamples:
 
     def _forms(self, params, batch, slope, keys):
         """(layers, probes) forms of the layers and parts; and for each whether it bends."""
-        leaves, treedef = jax.tree.flatten(params)
-        layers = self.layers + self.parts
-        predict = lambda *x: self.objective.predict(treedef.unflatten(x), batch)
-        tape = tape_of(predict, leaves, leaves_of(layers))
-        slopes = tape.slopes([slope.astype(tape.values[place].dtype) for place in tape.outs])
+        leaves, layers = jax.tree.leaves(params), self.layers + self.parts
+        tape = tape_of(lambda p: self.objective.predict(p, batch), params, leaves_of(layers))
+        # Slopes of a mean over many examples are too small for float16, which the net may use inside.
+        unit = jnp.ldexp(jnp.ones_like(slope, shape=()), jnp.frexp(jnp.max(jnp.abs(slope)))[1])
+        slopes = tape.slopes([(slope / unit).astype(tape.values[place].dtype) for place in tape.outs])
 
         def along(keys):
             vectors = jax.vmap(lambda key: random_like(key, params, self.distribution))(keys)
             curves = curves_of(leaves, layers, [jax.vmap(layer.arrays)(vectors) for layer in layers])
             forms, bent = tape.seconds(curves, slopes, len(layers))
-            return forms.T.astype(slope.dtype), jnp.array([float(i in bent) for i in range(len(layers))])
+            return unit * forms.T.astype(slope.dtype), jnp.array([float(i in bent) for i in range(len(layers))])
 
         width = divisor(len(keys), self.side_by_side)
         if width == len(keys):
@@ -123,8 +123,8 @@ class Sweep:
         return np.asarray(samples), np.asarray(bent) > 0
 
     def count(self, num_probes: int) -> int:
-        """As many as take the time of so many products with the whole net, but not too few."""
-        return min(num_probes, max(LEAST, round(num_probes / self.price)))
+        """As many as take the time of so many products with the whole net, but not too few; in whole chunks."""
+        return min(num_probes, LEAST * max(1, round(num_probes / self.price / LEAST)))
 
 
 def sweep_of(problem: Problem, distribution: Callable) -> Sweep | None:
@@ -134,15 +134,13 @@ def sweep_of(problem: Problem, distribution: Callable) -> Sweep | None:
     parts = () if problem.covered else problem.parts()
     groups = fits_into(problem.of_examples, problem.outputs, held_by(problem.params, problem.layers + parts))
     side_by_side, share = room_for(problem, problem.loss.predict, problem.layers + parts, groups)
-    at_a_time = max(1, int(share * groups))
-    samples = SweepSamples(
-        problem.loss, problem.layers, distribution, parts, problem.of_examples, at_a_time, side_by_side
-    )
+    samples = SweepSamples(problem.loss, problem.layers, distribution, parts, problem.of_examples, share, side_by_side)
     if side_by_side and works(problem, samples, jax.random.split(jax.random.key(0), 1)):
-        drawn = _OF_DRAW * groups * held_by(problem.params, problem.layers + parts) // 4
         predict = program(problem.loss.predict, problem.params, problem.first)
         work, along = work_along(predict, problem.layers + parts)
-        return Sweep(problem, samples, max(1.0, (along + drawn + _OF_CALL) / (PRODUCT * work + _OF_CALL)))
+        read = _OF_PARAMETER * held_by(problem.params, problem.layers + parts) // 4
+        price = (along + groups * read + _OF_CALL) / (PRODUCT * (work + read) + _OF_CALL)
+        return Sweep(problem, samples, max(1.0, price))
     return None
 
 
