@@ -10,7 +10,7 @@ help:  ## list the targets
 demo: $(VENV)/experiments  ## train a small net on real digits, measure every layer, draw it
 	$(BIN)/python -m experiments.run demo
 
-test: $(VENV)/test  ## run the tests, a quarter of an hour; with JAXHESS_DATA_DIR also those on real data sets
+test: $(VENV)/test  ## run the tests, about twenty minutes; with JAXHESS_DATA_DIR also those on real data sets
 	$(BIN)/python -m pytest -n 2 --max-worker-restart 0 --dist loadfile -m "not slow"
 
 test-all: $(VENV)/test  ## run the tests, the slow ones at full size included

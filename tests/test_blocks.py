@@ -63,6 +63,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_from_end_to_end_beside_peers(folder, monkeypatch, capsys):
     monkeypatch.setattr(blocks, "agreement", lambda *args: {"loss": 1.0, "torch_loss": 1.0, "gradient": 0.0})
     python, out = stand_in(folder / "python", 1.0), folder / "out"

@@ -33,7 +33,7 @@ def of_two_processes(tmp_path_factory):
             )
             for number in range(2)
         ]
-        errors = [worker.communicate(timeout=600)[1] for worker in workers]
+        errors = [worker.communicate(timeout=300)[1] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], "\n".join(errors)
     return dict(np.load(out))
 

@@ -143,6 +143,7 @@ def test_the_gap_near_the_number_of_classes():
     assert outliers.gap_near(jh.Spectrum.from_eigenvalues(values[:3], dim=10_000), 10) == "-"
 
 
+@pytest.mark.slow
 def test_the_precision_of_estimators(out, capsys):
     words = ["probes=4,60", "images=10,20", "subsets=3", "steps=4,64", "repeats=12", "spectra_repeats=3"]
     printed = ran(out, capsys, "estimators", *words)

@@ -84,7 +84,7 @@ def test_regression_equals_its_formula(name, precision):
     assert not helpers.matrix(p.operator("functional"), p.params).any()  # no difference of two that round
 
 
-@pytest.mark.parametrize("layer", ["conv1", "conv2", "fc3"])
+@pytest.mark.parametrize("layer", ["conv1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("conv2", "fc3"))])
 def test_lenet_blocks_equal_dense_blocks(layer, precision):
     dtype, tolerance = precision
     p, ggn, hess = problem("lenet"), *(f(problem("lenet"), layer) for f in (helpers.block_ggn, helpers.block_hessian))

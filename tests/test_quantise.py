@@ -112,6 +112,7 @@ def test_too_few_bits(tmp_path):
         quantise.run(quantise.Config(bits=(4, 1)), tmp_path)
 
 
+@pytest.mark.slow
 def test_from_end_to_end(tmp_path, capsys):
     (tmp_path / "tinyshakespeare.txt").write_text("To be, or not to be: that is the question.\n" * 100)
     out = tmp_path / "out"

@@ -180,6 +180,7 @@ def test_transformer():
     assert abs(estimate.mean - exact) < 5 * estimate.std_error
 
 
+@pytest.mark.slow
 def test_the_sharpness_that_is_followed():
     names, printed = run("sharpness")
     with jax.numpy_rank_promotion("allow"):

@@ -98,6 +98,7 @@ def test_held_out_images_are_those_that_examples_leaves_out(small):
         gamma._held_out(gamma.Config(examples=500, held_out=100), None)
 
 
+@pytest.mark.slow
 def test_the_search_from_end_to_end(small, tmp_path, capsys, monkeypatch):
     words = ["gamma", f"out={tmp_path}", "epochs=2", "trials=2", "held_out=100", "extensions=1", *TINY, *GRIDS]
     assert run.main(words) == 0

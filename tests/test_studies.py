@@ -273,6 +273,7 @@ def test_transformer_from_end_to_end(folder, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.count(": there, ") == 4
 
 
+@pytest.mark.slow
 def test_a_transformer_alone(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(models.MODELS, "gpt", SMALL)
     words = ["dataset=shakespeare/8", "beside=none", "by=blocks", "epochs=1", "examples=100", "batch_size=50"]

@@ -231,6 +231,7 @@ def ran(out, folder, monkeypatch, capsys, name, *words):
     return capsys.readouterr().out, json.loads((out / name / "numbers.json").read_text())
 
 
+@pytest.mark.slow
 def test_estimators_of_a_gpt(out, folder, monkeypatch, capsys):
     words = ["probes=8", "repeats=2", "spectra_repeats=2", "steps=4", "spectra_layers=2", "images="]
     printed, found = ran(out, folder, monkeypatch, capsys, "estimators", *words)
@@ -241,6 +242,7 @@ def test_estimators_of_a_gpt(out, folder, monkeypatch, capsys):
     assert set(found["spectra"]["found"]["plain"]["4"]["wasserstein"]) == {"token", "head", "total"}
 
 
+@pytest.mark.slow
 def test_interactions_of_a_gpt_by_probes_and_exactly(out, folder, monkeypatch, capsys):
     words = ["ranked=20", "num_probes=200"]
     printed, found = ran(out, folder, monkeypatch, capsys, "interactions", *words, "method=hutchinson")
