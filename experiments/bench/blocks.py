@@ -2,7 +2,7 @@
 
     python -m experiments.run blocks model=gpt dataset=shakespeare
 
-With repeats=3 it takes 13 minutes on two CPU cores, and nine more for the truth, which is kept. The same trained
+With repeats=3 it takes 18 minutes on two CPU cores, and eight more for the truth, which is kept. The same trained
 weights and the same batch go to all, in float32. A block is a layer of the net. The truth is the set of eigenvalues of
 each block's dense Hessian, in float64. PyHessian and curvlinops run in a process of their own, in an environment that
 is made beside the folder of the results. All are called in turn, so that what slows the machine slows all of them. The
