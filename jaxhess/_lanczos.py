@@ -28,7 +28,7 @@ from jaxhess._checks import (
     standard_promotion,
 )
 from jaxhess._linear import as_linear
-from jaxhess._trees import tree_norm, tree_size
+from jaxhess._trees import numpy_reads, tree_norm, tree_size
 
 PyTree = Any
 
@@ -72,9 +72,9 @@ def lanczos(
     ghost copies. This takes the memory of ``num_steps`` vectors. Without it, three vectors are kept. That is enough for
     a density, because ghost copies share the weight of the eigenvalue that they copy.
 
-    Outside ``jit``, a host loop runs a compiled step. On CPUs this is faster, because convolutions inside a compiled
-    loop run several times slower, and it stops at a breakdown. Under ``jit``, the loop is compiled too. Steps after a
-    breakdown are then zeros, and ``num_steps`` of the result is the number of valid steps.
+    Outside ``jit``, a loop on the host takes the steps and stops at a breakdown. On a CPU it takes them in numpy, so
+    that nothing but the product is compiled; elsewhere it runs a compiled step. Under ``jit``, the loop is compiled
+    too. Steps after a breakdown are then zeros, and ``num_steps`` of the result is the number of valid steps.
 
     Args:
       operator: a symmetric v -> A v; over `Batches` only outside ``jit``.
@@ -117,7 +117,8 @@ def lanczos(
     if not traced and not (np.isfinite(norm) and norm > 0):
         raise ValueError(f"Lanczos needs a start vector that is finite and not zero, got norm {norm}")
     if not traced:
-        return drive(lanczos_steps(start, num_steps, reorthogonalize, restart_key, progress), linear)
+        found = drive(lanczos_steps(start, num_steps, reorthogonalize, restart_key, progress), linear)
+        return found if reorthogonalize == "host" else found._replace(basis=jax.tree.map(jnp.asarray, found.basis))
     num_steps = min(num_steps, tree_size(start))
     state = _begin(start, num_steps)
     basis = empty_basis(state.vector, num_steps, reorthogonalize)
@@ -155,8 +156,11 @@ def lanczos_steps(
 ) -> Steps:
     """`lanczos` outside ``jit``, as a generator that yields vectors and is sent their products."""
     num_steps = min(num_steps, tree_size(start))
-    state = _begin(start, num_steps)
-    basis = empty_basis(state.vector, num_steps, reorthogonalize)
+    start = jax.tree.map(lambda x: jnp.asarray(x, at_least_float32(x)), start)
+    # On a CPU numpy steps through JAX's memory, and nothing is compiled for each shape.
+    where = "host" if reorthogonalize and all(map(numpy_reads, jax.tree.leaves(start))) else reorthogonalize
+    state = (_begin_in_numpy if where == "host" else _begin)(start, num_steps)
+    basis = empty_basis(state.vector, num_steps, where)
     return (yield from _steps(state, basis, restart_key, num_steps, progress))
 
 
@@ -166,11 +170,12 @@ def lanczos_beside(rows: PyTree, count: int, scale: float, start: PyTree, num_st
     ``scale`` is the size of the operator, beside which a remainder is zero. With as many rows as another basis has, and
     of its kind, nothing new is compiled.
     """
-    basis = Basis(rows)
-    state = _begin(start, len(jax.tree.leaves(rows)[0]))
-    before = state._replace(step=jnp.array(count), vector=optax.tree.zeros_like(state.vector))
-    state = _host_step(basis)(basis, before, state.vector, None)._replace(
-        step=before.step, scale=jnp.asarray(scale, before.scale.dtype)
+    basis, room = Basis(rows), len(jax.tree.leaves(rows)[0])
+    xp, begin, step = (np, _begin_in_numpy, _step_in_numpy) if _in_numpy(basis) else (jnp, _begin, _step)
+    state = begin(start, room)
+    before = state._replace(step=xp.asarray(count), vector=jax.tree.map(xp.zeros_like, state.vector))
+    state = step(basis, before, state.vector, None)._replace(
+        step=before.step, scale=xp.asarray(scale, before.scale.dtype)
     )
     if not state.alive:
         return Tridiagonal(np.zeros(1), np.zeros(1), 1, None)  # the rows span the space
@@ -188,10 +193,10 @@ def _run_compiled(operator, state, basis, restart_key, num_steps):
 
 
 def _steps(state, basis, restart_key, num_steps, progress, first=0):
-    step = _host_step(basis)
+    step = _step_in_numpy if _in_numpy(basis) else _step
     for done in range(1, num_steps + 1):
         vector = state.vector
-        product = yield vector
+        product = yield jax.tree.map(jnp.asarray, vector)
         if done == 1:
             _check_outside(product, state.scale)
         following = step(basis, state, product, restart_key)
@@ -208,8 +213,8 @@ def _steps(state, basis, restart_key, num_steps, progress, first=0):
     return Tridiagonal(alphas, betas, done, rows)
 
 
-def _host_step(basis):
-    return _step_in_numpy if isinstance(jax.tree.leaves(basis)[0], np.ndarray) else _compiled_step
+def _in_numpy(basis):
+    return isinstance(jax.tree.leaves(basis)[0], np.ndarray)
 
 
 def ritz(alphas: ArrayLike, betas: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -271,49 +276,77 @@ def _begin(start, num_steps):
     )
 
 
+@jax.jit
 @standard_promotion
 def _step(basis, state, product, restart_key):
     """One step, given the product with the state's vector, which is not yet a row of the basis."""
     rest = basis.remainder(state, product)
-    following, exhausted = _follow(state, product, rest)
-    if restart_key is None:
-        return following
-    key = jax.random.fold_in(restart_key, state.step)
-
-    def fresh():
-        return optax.tree.cast_like(basis.fresh(state, key), state.vector)
-
-    if isinstance(exhausted, jax.core.Tracer):
-        vector = jax.lax.cond(exhausted, fresh, lambda: following.vector)
-    else:
-        vector = fresh() if exhausted else following.vector
-    return following._replace(vector=vector, alive=state.alive)
-
-
-_compiled_step = jax.jit(_step)
-
-
-def _step_in_numpy(basis, state, product, restart_key):
-    state, product = jax.tree.map(np.asarray, (state, product))
-    rows = jax.tree.map(lambda rows: rows[: int(state.step)], basis.rows)  # the rest is not written yet
-    return _step(Basis(rows), state, product, restart_key)
-
-
-@jax.jit
-def _follow(state, product, rest):
-    """The state after a step with this remainder, and whether the remainder is zero."""
     alpha, beta = optax.tree.vdot(state.vector, product), tree_norm(rest)
     scale = jnp.maximum(state.scale, jnp.maximum(jnp.abs(alpha), beta))
     exhausted = beta <= 10 * jnp.finfo(beta.dtype).eps * scale
     beta = jnp.where(exhausted, 0, beta)
     vector = optax.tree.scale(jnp.where(exhausted, 0, 1 / jnp.where(exhausted, 1, beta)), rest)
-    following = _State(
+    alive = state.alive & ~exhausted
+    if restart_key is not None:
+        key, alive = jax.random.fold_in(restart_key, state.step), state.alive
+        drawn = lambda: optax.tree.cast_like(basis.fresh(state, key), vector)
+        vector = jax.lax.cond(exhausted, drawn, lambda: vector)
+    return _State(
         step=state.step + 1,
         alphas=state.alphas.at[state.step].set(alpha),
         betas=state.betas.at[state.step].set(beta),
         scale=scale,
-        alive=state.alive & ~exhausted,
+        alive=alive,
         num_valid=state.num_valid + state.alive.astype(int),
         vector=optax.tree.cast_like(vector, state.vector),
     )
-    return following, exhausted
+
+
+# ---- the same in numpy ----
+
+
+def _begin_in_numpy(start, num_steps):
+    start = jax.tree.map(np.asarray, start)
+    dtype, size = np.result_type(*jax.tree.leaves(start)), _norm(start)
+    return _State(
+        step=np.array(0),
+        alphas=np.zeros(num_steps, dtype),
+        betas=np.zeros(num_steps, dtype),
+        scale=np.zeros((), dtype),
+        alive=np.array(True),
+        num_valid=np.array(0),
+        vector=jax.tree.map(lambda x: x / size, start),
+    )
+
+
+@np.errstate(all="ignore")  # what is not finite is found in the scale
+def _step_in_numpy(basis, state, product, restart_key):
+    step, product = int(state.step), jax.tree.map(np.asarray, product)
+    basis = Basis(jax.tree.map(lambda rows: rows[:step], basis.rows))  # the rest is not written yet
+    rest = basis.remainder(state, product)
+    alpha = sum(map(np.vdot, *map(jax.tree.leaves, (state.vector, product))))
+    beta = _norm(rest)
+    scale = np.maximum(state.scale, np.maximum(np.abs(alpha), beta)).astype(state.scale.dtype)
+    exhausted = beta <= 10 * np.finfo(scale.dtype).eps * scale
+    if not exhausted:
+        vector = jax.tree.map(lambda x: x / beta, rest)
+    elif restart_key is None:
+        vector = jax.tree.map(np.zeros_like, rest)
+    else:
+        vector = basis.fresh(state, jax.random.fold_in(restart_key, step))
+    alphas, betas = state.alphas.copy(), state.betas.copy()
+    alphas[step], betas[step] = alpha, 0 if exhausted else beta
+    return _State(
+        step=np.array(step + 1),
+        alphas=alphas,
+        betas=betas,
+        scale=scale,
+        alive=state.alive & (restart_key is not None or not exhausted),
+        num_valid=state.num_valid + state.alive,
+        vector=jax.tree.map(lambda x, q: np.asarray(x, q.dtype), vector, state.vector),
+    )
+
+
+def _norm(tree):
+    """`tree_norm` in numpy: that of BLAS, whose squares are never out of range."""
+    return float(np.hypot.reduce([scipy.linalg.norm(x.ravel(), check_finite=False) for x in jax.tree.leaves(tree)]))

@@ -44,7 +44,7 @@ class Linear:
         """``self.rounding(*args, like)``: the rounding of the coarsest type on the way, where JAX can trace it."""
         eps = own_eps(args[-1])
         try:
-            return max(eps, rounding_of(_call, Partial(self, *args[:-1]), args[-1]))
+            return max(eps, float(_rounding(Partial(self, *args[:-1]), args[-1])))
         except Exception:  # a function of the host may raise anything when it is traced
             return eps
 
@@ -89,6 +89,12 @@ def not_finite(tree: PyTree) -> list[str]:
 @jax.jit
 def _stacked(operator, vectors):
     return map_rows(operator, vectors)
+
+
+@jax.jit
+def _rounding(operator, v):
+    """A constant, known when the operator is traced: once for its shapes, though its numbers change."""
+    return jnp.float32(rounding_of(_call, operator, v))
 
 
 def _call(operator, v):

@@ -214,8 +214,7 @@ def combine(basis: PyTree, coefficients: np.ndarray) -> PyTree:
     @full_precision
     def one(rows):
         # On a CPU numpy reads JAX's memory, and nothing is compiled for each shape.
-        here = isinstance(rows, np.ndarray) or (rows.is_fully_addressable and not spread(rows) and on_cpu(rows))
-        xp = np if here else jnp
+        xp = np if numpy_reads(rows) else jnp
         return xp.tensordot(coefficients.T.astype(rows.dtype), xp.asarray(rows), 1)
 
     return jax.tree.map(one, basis)
@@ -233,6 +232,11 @@ def without(rows: PyTree, v: PyTree) -> PyTree:
 def on_cpu(x: jax.Array) -> bool:
     """Whether numpy can read an array without a transfer."""
     return all(device.platform == "cpu" for device in x.devices())
+
+
+def numpy_reads(x: Any) -> bool:
+    """Whether numpy has an array where it is, without a transfer."""
+    return isinstance(x, np.ndarray) or (x.is_fully_addressable and not spread(x) and on_cpu(x))
 
 
 def to_host(x: Any) -> np.ndarray:

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -155,8 +154,6 @@ class Runs:
         places[: len(values)] = coefficients[:, values].T
         start = random_like(jax.random.fold_in(key, _CHECK - 1), like)
         rows = combine(found.basis, places.T)
-        if self.reorthogonalize != "host":
-            rows = jax.tree.map(jnp.asarray, rows)
         again = yield from lanczos_beside(rows, len(values), np.abs(nodes.nodes).max(), start, steps)
         early = _nodes(found.alphas[:steps], found.betas[:steps])
         return check(nodes, early, _nodes(again.alphas, again.betas), tree_size(like))
