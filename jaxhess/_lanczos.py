@@ -319,20 +319,16 @@ def _begin_in_numpy(start, num_steps):
     )
 
 
-@np.errstate(all="ignore")  # what is not finite is found in the scale
 def _step_in_numpy(basis, state, product, restart_key):
     step, product = int(state.step), jax.tree.map(np.asarray, product)
     basis = Basis(jax.tree.map(lambda rows: rows[:step], basis.rows))  # the rest is not written yet
-    rest = basis.remainder(state, product)
-    alpha = sum(map(np.vdot, *map(jax.tree.leaves, (state.vector, product))))
-    beta = _norm(rest)
-    scale = np.maximum(state.scale, np.maximum(np.abs(alpha), beta)).astype(state.scale.dtype)
-    exhausted = beta <= 10 * np.finfo(scale.dtype).eps * scale
-    if not exhausted:
-        vector = jax.tree.map(lambda x: x / beta, rest)
-    elif restart_key is None:
-        vector = jax.tree.map(np.zeros_like, rest)
-    else:
+    with np.errstate(all="ignore"):  # the scale tells what is not finite
+        rest = basis.remainder(state, product)
+        alpha, beta = sum(map(np.vdot, *map(jax.tree.leaves, (state.vector, product)))), _norm(rest)
+        scale = np.maximum(state.scale, np.maximum(np.abs(alpha), beta)).astype(state.scale.dtype)
+        exhausted = bool(beta <= 10 * np.finfo(scale.dtype).eps * scale)
+        vector = jax.tree.map(lambda x: np.zeros_like(x) if exhausted else x / beta, rest)
+    if exhausted and restart_key is not None:
         vector = basis.fresh(state, jax.random.fold_in(restart_key, step))
     alphas, betas = state.alphas.copy(), state.betas.copy()
     alphas[step], betas[step] = alpha, 0 if exhausted else beta
