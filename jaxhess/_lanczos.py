@@ -6,17 +6,14 @@ The basis is a pytree of leaves stacked along a leading axis, (steps, *leaf.shap
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import scipy.linalg
 from numpy.typing import ArrayLike
 
-from jaxhess._basis import Basis, empty_basis
 from jaxhess._checks import (
     NotFiniteError,
     at_least_float32,
@@ -25,9 +22,9 @@ from jaxhess._checks import (
     check_known,
     check_like,
     is_traced,
-    standard_promotion,
 )
 from jaxhess._linear import as_linear
+from jaxhess._recurrence import Basis, begin, begin_in_numpy, empty_basis, in_numpy, one_step, placed, step_of
 from jaxhess._trees import numpy_reads, tree_norm, tree_size
 
 PyTree = Any
@@ -73,7 +70,7 @@ def lanczos(
     a density, because ghost copies share the weight of the eigenvalue that they copy.
 
     Outside ``jit``, a loop on the host takes the steps and stops at a breakdown. On a CPU it takes them in numpy, so
-    that nothing but the product is compiled; elsewhere it runs a compiled step. Under ``jit``, the loop is compiled
+    that no step is compiled; elsewhere it runs a compiled step. Under ``jit``, the loop is compiled
     too. Steps after a breakdown are then zeros, and ``num_steps`` of the result is the number of valid steps.
 
     Args:
@@ -101,6 +98,25 @@ def lanczos(
 
     Reference: Lanczos 1950; Parlett 1998, The symmetric eigenvalue problem, chapter 13.
     """
+    found = tridiagonalize(operator, start, num_steps, reorthogonalize, restart_key, progress)
+    if reorthogonalize in (False, "host") or not in_numpy(found.basis):
+        return found
+    rows, treedef = jax.tree.flatten(found.basis)
+    found = found._replace(basis=None)
+    for i, x in enumerate(jax.tree.leaves(start)):  # one after the other, so that not all are there twice
+        rows[i] = placed(rows[i], x)
+    return found._replace(basis=jax.tree.unflatten(treedef, rows))
+
+
+def tridiagonalize(
+    operator: Callable[[PyTree], PyTree],
+    start: PyTree,
+    num_steps: int,
+    reorthogonalize: bool | str,
+    restart_key: jax.Array | None,
+    progress: Callable[[int, int], None] | None,
+) -> Tridiagonal:
+    """As `lanczos`, with the basis where it was made: on a CPU in numpy."""
     check_count("num_steps", num_steps)
     check_like("start", start)
     check_basis(reorthogonalize)
@@ -117,10 +133,9 @@ def lanczos(
     if not traced and not (np.isfinite(norm) and norm > 0):
         raise ValueError(f"Lanczos needs a start vector that is finite and not zero, got norm {norm}")
     if not traced:
-        found = drive(lanczos_steps(start, num_steps, reorthogonalize, restart_key, progress), linear)
-        return found if reorthogonalize == "host" else found._replace(basis=jax.tree.map(jnp.asarray, found.basis))
+        return drive(lanczos_steps(start, num_steps, reorthogonalize, restart_key, progress), linear)
     num_steps = min(num_steps, tree_size(start))
-    state = _begin(start, num_steps)
+    state = begin(start, num_steps)
     basis = empty_basis(state.vector, num_steps, reorthogonalize)
     return _run_compiled(linear, state, basis, restart_key, num_steps)
 
@@ -159,9 +174,9 @@ def lanczos_steps(
     start = jax.tree.map(lambda x: jnp.asarray(x, at_least_float32(x)), start)
     # On a CPU numpy steps through JAX's memory, and nothing is compiled for each shape.
     where = "host" if reorthogonalize and all(map(numpy_reads, jax.tree.leaves(start))) else reorthogonalize
-    state = (_begin_in_numpy if where == "host" else _begin)(start, num_steps)
+    state = (begin_in_numpy if where == "host" else begin)(start, num_steps)
     basis = empty_basis(state.vector, num_steps, where)
-    return (yield from _steps(state, basis, restart_key, num_steps, progress))
+    return (yield from _steps(state, basis, start, restart_key, num_steps, progress))
 
 
 def lanczos_beside(rows: PyTree, count: int, scale: float, start: PyTree, num_steps: int) -> Steps:
@@ -171,32 +186,32 @@ def lanczos_beside(rows: PyTree, count: int, scale: float, start: PyTree, num_st
     of its kind, nothing new is compiled.
     """
     basis, room = Basis(rows), len(jax.tree.leaves(rows)[0])
-    xp, begin, step = (np, _begin_in_numpy, _step_in_numpy) if _in_numpy(basis) else (jnp, _begin, _step)
-    state = begin(start, room)
+    xp = np if in_numpy(basis) else jnp
+    state = (begin_in_numpy if in_numpy(basis) else begin)(start, room)
     before = state._replace(step=xp.asarray(count), vector=jax.tree.map(xp.zeros_like, state.vector))
-    state = step(basis, before, state.vector, None)._replace(
+    state = step_of(basis)(basis, before, state.vector, None)._replace(
         step=before.step, scale=xp.asarray(scale, before.scale.dtype)
     )
     if not state.alive:
         return Tridiagonal(np.zeros(1), np.zeros(1), 1, None)  # the rows span the space
-    return (yield from _steps(state, basis, None, num_steps, None, count))
+    return (yield from _steps(state, basis, start, None, num_steps, None, count))
 
 
 def _run_compiled(operator, state, basis, restart_key, num_steps):
     def body(_, carry):
         state, basis = carry
-        following = _step(basis, state, operator(state.vector), restart_key)
+        following = one_step(basis, state, operator(state.vector), restart_key)
         return following, basis.write(state.vector, state.step)
 
     state, basis = jax.lax.fori_loop(0, num_steps, body, (state, basis))
     return Tridiagonal(state.alphas, state.betas, state.num_valid, basis.rows)
 
 
-def _steps(state, basis, restart_key, num_steps, progress, first=0):
-    step = _step_in_numpy if _in_numpy(basis) else _step
+def _steps(state, basis, start, restart_key, num_steps, progress, first=0):
+    step = step_of(basis)
     for done in range(1, num_steps + 1):
         vector = state.vector
-        product = yield jax.tree.map(jnp.asarray, vector)
+        product = yield jax.tree.map(placed, vector, start)
         if done == 1:
             _check_outside(product, state.scale)
         following = step(basis, state, product, restart_key)
@@ -211,10 +226,6 @@ def _steps(state, basis, restart_key, num_steps, progress, first=0):
     alphas, betas = (np.asarray(x)[first : first + done] for x in (state.alphas, state.betas))
     rows = basis.rows if done == num_steps else jax.tree.map(lambda rows: rows[: first + done], basis.rows)
     return Tridiagonal(alphas, betas, done, rows)
-
-
-def _in_numpy(basis):
-    return isinstance(jax.tree.leaves(basis)[0], np.ndarray)
 
 
 def ritz(alphas: ArrayLike, betas: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -245,104 +256,3 @@ def _check_outside(*values):
     functions = "spectrum, layer_spectra, top_eigenpairs and summarize"
     instead = f"call {functions} outside; lanczos and layer_traces run inside too"
     check_known("Ritz values are computed", instead, *jax.tree.leaves(values))
-
-
-# ---- the recurrence ----
-
-
-class _State(NamedTuple):
-    step: jax.Array
-    alphas: jax.Array
-    betas: jax.Array
-    scale: jax.Array  # the largest coefficient so far: what "zero" is measured against
-    alive: jax.Array  # False after a breakdown without restart
-    num_valid: jax.Array
-    vector: PyTree  # q_j, the direction of the next product; zero after a breakdown
-
-
-@partial(jax.jit, static_argnums=1)
-@standard_promotion
-def _begin(start, num_steps):
-    start = jax.tree.map(lambda x: jnp.asarray(x, at_least_float32(x)), start)
-    dtype = at_least_float32(*jax.tree.leaves(start))
-    return _State(
-        step=jnp.array(0),
-        alphas=jnp.zeros(num_steps, dtype),
-        betas=jnp.zeros(num_steps, dtype),
-        scale=jnp.zeros((), dtype),
-        alive=jnp.array(True),
-        num_valid=jnp.array(0, int),  # not weakly typed: the first step is one program with the others
-        vector=optax.tree.cast_like(optax.tree.scale(1 / tree_norm(start), start), start),
-    )
-
-
-@jax.jit
-@standard_promotion
-def _step(basis, state, product, restart_key):
-    """One step, given the product with the state's vector, which is not yet a row of the basis."""
-    rest = basis.remainder(state, product)
-    alpha, beta = optax.tree.vdot(state.vector, product), tree_norm(rest)
-    scale = jnp.maximum(state.scale, jnp.maximum(jnp.abs(alpha), beta))
-    exhausted = beta <= 10 * jnp.finfo(beta.dtype).eps * scale
-    beta = jnp.where(exhausted, 0, beta)
-    vector = optax.tree.scale(jnp.where(exhausted, 0, 1 / jnp.where(exhausted, 1, beta)), rest)
-    alive = state.alive & ~exhausted
-    if restart_key is not None:
-        key, alive = jax.random.fold_in(restart_key, state.step), state.alive
-        drawn = lambda: optax.tree.cast_like(basis.fresh(state, key), vector)
-        vector = jax.lax.cond(exhausted, drawn, lambda: vector)
-    return _State(
-        step=state.step + 1,
-        alphas=state.alphas.at[state.step].set(alpha),
-        betas=state.betas.at[state.step].set(beta),
-        scale=scale,
-        alive=alive,
-        num_valid=state.num_valid + state.alive.astype(int),
-        vector=optax.tree.cast_like(vector, state.vector),
-    )
-
-
-# ---- the same in numpy ----
-
-
-def _begin_in_numpy(start, num_steps):
-    start = jax.tree.map(np.asarray, start)
-    dtype, size = np.result_type(*jax.tree.leaves(start)), _norm(start)
-    return _State(
-        step=np.array(0),
-        alphas=np.zeros(num_steps, dtype),
-        betas=np.zeros(num_steps, dtype),
-        scale=np.zeros((), dtype),
-        alive=np.array(True),
-        num_valid=np.array(0),
-        vector=jax.tree.map(lambda x: x / size, start),
-    )
-
-
-def _step_in_numpy(basis, state, product, restart_key):
-    step, product = int(state.step), jax.tree.map(np.asarray, product)
-    basis = Basis(jax.tree.map(lambda rows: rows[:step], basis.rows))  # the rest is not written yet
-    with np.errstate(all="ignore"):  # the scale tells what is not finite
-        rest = basis.remainder(state, product)
-        alpha, beta = sum(map(np.vdot, *map(jax.tree.leaves, (state.vector, product)))), _norm(rest)
-        scale = np.maximum(state.scale, np.maximum(np.abs(alpha), beta)).astype(state.scale.dtype)
-        exhausted = bool(beta <= 10 * np.finfo(scale.dtype).eps * scale)
-        vector = jax.tree.map(lambda x: np.zeros_like(x) if exhausted else x / beta, rest)
-    if exhausted and restart_key is not None:
-        vector = basis.fresh(state, jax.random.fold_in(restart_key, step))
-    alphas, betas = state.alphas.copy(), state.betas.copy()
-    alphas[step], betas[step] = alpha, 0 if exhausted else beta
-    return _State(
-        step=np.array(step + 1),
-        alphas=alphas,
-        betas=betas,
-        scale=scale,
-        alive=state.alive & (restart_key is not None or not exhausted),
-        num_valid=state.num_valid + state.alive,
-        vector=jax.tree.map(lambda x, q: np.asarray(x, q.dtype), vector, state.vector),
-    )
-
-
-def _norm(tree):
-    """`tree_norm` in numpy: that of BLAS, whose squares are never out of range."""
-    return float(np.hypot.reduce([scipy.linalg.norm(x.ravel(), check_finite=False) for x in jax.tree.leaves(tree)]))

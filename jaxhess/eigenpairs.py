@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhess._checks import at_least_float32, check_count, check_key, check_like, is_traced, standard_promotion
-from jaxhess._lanczos import lanczos, ritz
+from jaxhess._lanczos import ritz, tridiagonalize
 from jaxhess._linear import as_linear
 from jaxhess._noise import noise, ritz_run
 from jaxhess._subspace import leading_pairs, orthonormal, overlap_matrix
@@ -92,7 +92,7 @@ def top_eigenpairs(
         return _restarted(linear, like, key, k, start, steps, rows, rtol, max_vectors, reorthogonalize)
     start_key, restart_key = jax.random.split(key)
     first = random_like(start_key, like)
-    found = lanczos(operator, first, steps, reorthogonalize=reorthogonalize, restart_key=restart_key, progress=progress)
+    found = tridiagonalize(linear, first, steps, reorthogonalize, restart_key, progress)
     values, coefficients, _ = ritz(found.alphas, found.betas)
     top = np.argsort(values)[::-1][:k]
     vectors = combine(found.basis, coefficients[:, top])

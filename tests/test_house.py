@@ -26,7 +26,7 @@ ALLOWED = {"jax", "numpy", "scipy", "optax"}
 FLOORS = [
     {"_checks", "_cover", "_indices", "_order", "_programs", "_slips", "_softmax", "_versions", "_weights"},
     {"_curves", "_factor", "_trees", "batches", "logits", "spectra"},
-    {"_basis", "_linear", "_subspace", "_xtrace", "estimates", "layers", "objective"},
+    {"_linear", "_recurrence", "_subspace", "_xtrace", "estimates", "layers", "objective"},
     {"_examples", "_lanczos", "criteria", "preconditioning", "selections"},
     {"_allocation", "_noise", "_products", "diagonals"},
     {"_samples", "eigenpairs", "problem"},
@@ -40,9 +40,9 @@ FLOORS = [
 ]
 # What each knows of networks, beside arrays and trees: nothing.
 PURE = {
-    "_lanczos": {"_basis", "_checks", "_linear", "_programs", "_trees"},
+    "_lanczos": {"_checks", "_linear", "_programs", "_recurrence", "_trees"},
     "spectra": {"_checks"},
-    "eigenpairs": {"_basis", "_checks", "_lanczos", "_linear", "_noise", "_programs", "_subspace", "_trees"},
+    "eigenpairs": {"_checks", "_lanczos", "_linear", "_noise", "_programs", "_recurrence", "_subspace", "_trees"},
     "preconditioning": {"_checks", "_linear", "_programs", "_trees"},
 }
 # Imported when called, where they are.

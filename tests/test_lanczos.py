@@ -9,6 +9,7 @@ from helpers import as_operator, rotated
 
 import jaxhess as jh
 from jaxhess._lanczos import ritz
+from jaxhess._recurrence import norm_in_numpy
 from jaxhess._trees import tree_norm
 
 DIM = 20
@@ -324,6 +325,54 @@ def test_half_precision_parameters(function):
         np.testing.assert_allclose(found[0], exact[::-1][:10], atol=1e-5)
     else:
         assert abs(found.mean - exact.sum()) < 4 * found.std_error
+
+
+# ---- steps in numpy, on a CPU ----
+
+
+def test_vectors_and_the_basis_stay_on_the_device_of_the_start():
+    device, seen = jax.devices()[3], []
+    start = jax.device_put({"a": jnp.arange(1.0, 4), "b": jnp.ones(2)}, device)
+
+    def operator(v):
+        seen.extend(jax.tree.leaves(v))
+        return jax.tree.map(lambda x: jnp.arange(1.0, len(x) + 1) * x, v)
+
+    found = jh.lanczos(operator, start, 3)
+    spectrum = jh.spectrum(operator, like=start, key=jax.random.key(0), num_steps=2)
+    assert spectrum.num_steps == 2
+    assert len(seen) > 12 and all(isinstance(x, jax.Array) for x in seen)
+    assert all(x.devices() == {device} for x in [*seen[:6], *jax.tree.leaves(found.basis)])
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_steps_in_numpy_are_those_of_the_compiled_ones(scale):
+    """Of trees with an array of no axis and an empty one, with numbers whose squares are out of range."""
+    like = {"a": jnp.ones((3, 4)), "b": jnp.asarray(2.0), "c": jnp.zeros((0, 2)), "d": jnp.linspace(1, 2, 7)}
+    values = jax.tree.map(lambda x: scale * (1 + jnp.arange(x.size, dtype=x.dtype).reshape(x.shape)), like)
+
+    def run(start):
+        return jh.lanczos(lambda v: jax.tree.map(jnp.multiply, values, v), start, 5)
+
+    found, compiled = run(like), jax.jit(run)(like)
+    for name in ("alphas", "betas"):
+        ours, theirs = (np.asarray(getattr(x, name)) for x in (found, compiled))
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_allclose(ours, theirs, rtol=2e-4)
+    for rows, others in zip(jax.tree.leaves(found.basis), jax.tree.leaves(compiled.basis), strict=True):
+        assert rows.dtype == others.dtype
+        np.testing.assert_allclose(rows, others, atol=1e-4)
+
+
+def test_a_restart_in_two_precisions_under_strict_promotion(x64):
+    like = {"a": jnp.ones(2, jnp.float32), "b": jnp.ones(2, jnp.float64)}
+    with jax.numpy_dtype_promotion("strict"):
+        found = jh.spectrum(lambda v: v, like=like, key=jax.random.key(0))
+    np.testing.assert_allclose(found.nodes, 1, atol=1e-6)
+
+
+def test_the_norm_of_many_equal_entries_is_that_of_all():
+    assert np.isclose(norm_in_numpy({"a": np.full(10**7, 0.1, np.float32), "b": np.zeros(3)}), 0.1 * 10**3.5, rtol=1e-5)
 
 
 # ---- a basis on the host ----
