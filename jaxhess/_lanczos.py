@@ -69,9 +69,10 @@ def lanczos(
     ghost copies. This takes the memory of ``num_steps`` vectors. Without it, three vectors are kept. That is enough for
     a density, because ghost copies share the weight of the eigenvalue that they copy.
 
-    Outside ``jit``, a loop on the host takes the steps and stops at a breakdown. On a CPU it takes them in numpy, so
-    that no step is compiled; elsewhere it runs a compiled step. Under ``jit``, the loop is compiled
-    too. Steps after a breakdown are then zeros, and ``num_steps`` of the result is the number of valid steps.
+    Outside ``jit``, a loop on the host takes the steps and stops at a breakdown. With a basis in the memory of the
+    host, which is that of one CPU device or "host", it takes them in numpy, so that no step is compiled. Under ``jit``,
+    the loop is compiled too. Steps after a breakdown are then zeros, and ``num_steps`` of the result is the number of
+    valid steps.
 
     Args:
       operator: a symmetric v -> A v; over `Batches` only outside ``jit``.
@@ -170,6 +171,7 @@ def lanczos_steps(
     progress: Callable[[int, int], None] | None = None,
 ) -> Steps:
     """`lanczos` outside ``jit``, as a generator that yields vectors and is sent their products."""
+    _check_outside(start)
     num_steps = min(num_steps, tree_size(start))
     start = jax.tree.map(lambda x: jnp.asarray(x, at_least_float32(x)), start)
     # On a CPU numpy steps through JAX's memory, and nothing is compiled for each shape.

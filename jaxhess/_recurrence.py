@@ -39,7 +39,7 @@ class Basis(NamedTuple):
 
     def write(self, vector, step):
         """The basis with one more row, in place."""
-        if not isinstance(jax.tree.leaves(self.rows)[0], np.ndarray):
+        if not in_numpy(self):
             return _write(self, vector, step)
         for rows, x in zip(jax.tree.leaves(self.rows), jax.tree.leaves(vector), strict=True):
             rows[int(step)] = x
@@ -48,7 +48,7 @@ class Basis(NamedTuple):
 
 @partial(jax.jit, donate_argnums=0)
 def _write(basis, vector, step):
-    """Kept separate from `_step`: fused with a reader, XLA copies the basis."""
+    """Kept separate from `one_step`: fused with a reader, XLA copies the basis."""
     return Basis(jax.tree.map(lambda rows, q: rows.at[step].set(q), basis.rows, vector))
 
 
@@ -177,7 +177,7 @@ def begin_in_numpy(start, num_steps):
 
 @standard_promotion
 def step_in_numpy(basis, state, product, restart_key):
-    """As `one_step`; nothing is compiled for each shape."""
+    """As `one_step`, compiled for no shape; a restart draws its vector in JAX."""
     step, product = int(state.step), jax.tree.map(np.asarray, product)
     basis = Basis(jax.tree.map(lambda rows: rows[:step], basis.rows))  # the rest is not written yet
     with np.errstate(all="ignore"):  # the scale tells what is not finite
@@ -208,10 +208,12 @@ def norm_in_numpy(tree):
 
 
 def placed(x, like):
-    """An array of numpy as one of JAX, on the device to which another is bound; nothing is compiled for it."""
+    """An array of numpy as one of JAX, where another is bound to; nothing is compiled for it."""
     if not isinstance(x, np.ndarray):
         return x
-    return jax.device_put(x, like.sharding if isinstance(like, jax.Array) and like.committed else None)
+    if not (isinstance(like, jax.Array) and like.committed):
+        return jax.device_put(x)
+    return jax.device_put(x, like.sharding if x.shape == like.shape else next(iter(like.devices())))
 
 
 def step_of(basis):

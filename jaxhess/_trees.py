@@ -236,7 +236,7 @@ def on_cpu(x: jax.Array) -> bool:
 
 def numpy_reads(x: Any) -> bool:
     """Whether numpy has an array where it is, without a transfer."""
-    return isinstance(x, np.ndarray) or (x.is_fully_addressable and not spread(x) and on_cpu(x))
+    return isinstance(x, np.ndarray) or (x.is_fully_addressable and len(x.devices()) == 1 and on_cpu(x))
 
 
 def to_host(x: Any) -> np.ndarray:

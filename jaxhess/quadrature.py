@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -319,7 +320,8 @@ def _lanczos_spectra(problem, curvature, parts, key, runs, progress):
 
 def _together(operator, parts, key):
     likes = tuple(like for like, _ in parts.values())
-    zeros = optax.tree.zeros_like(likes)
+    # Bound to no device, as the vectors are: the product would be compiled again once a layer has ended.
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), likes)
     found = advance(operator, {name: steps for name, (_, steps) in parts.items()}, zeros)
 
     def part_of(operator, name):

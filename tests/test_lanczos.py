@@ -345,6 +345,27 @@ def test_vectors_and_the_basis_stay_on_the_device_of_the_start():
     assert all(x.devices() == {device} for x in [*seen[:6], *jax.tree.leaves(found.basis)])
 
 
+def test_a_mesh_of_one_device_keeps_its_axes():
+    """The rows of the basis have one axis more than the vectors, which the mesh does not know."""
+    places = jax.sharding.NamedSharding(jax.make_mesh((1,), ("data",)), jax.sharding.PartitionSpec("data"))
+    start = jax.device_put(jnp.ones((4, 3)), places)
+    found = jh.lanczos(lambda v: jnp.arange(1.0, 13).reshape(4, 3) * v, start, 3)
+    assert found.basis.shape == (3, 4, 3)
+    np.testing.assert_allclose(np.linalg.norm(np.asarray(found.basis[0])), 1, rtol=1e-5)
+
+
+def test_parameters_bound_to_a_device_compile_no_more_programs():
+    """Layers end one by one, and then send zeros instead of vectors."""
+    p, counts = helpers.problem("mlp"), {}
+    for where in (None, jax.devices()[0]):
+        params = jax.device_put(p.params, where)
+        jax.clear_caches()
+        with helpers.counted_compilations() as compiled:
+            jh.layer_spectra(p.objective, params, p.batch, key=jax.random.key(0), num_steps=20)
+        counts[where] = len(compiled)
+    assert counts[None] >= counts[jax.devices()[0]] > 0
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 def test_steps_in_numpy_are_those_of_the_compiled_ones(scale):
     """Of trees with an array of no axis and an empty one, with numbers whose squares are out of range."""
