@@ -120,14 +120,18 @@ def begin(start, num_steps):
     """The state before the first step."""
     start = jax.tree.map(lambda x: jnp.asarray(x, at_least_float32(x)), start)
     dtype = at_least_float32(*jax.tree.leaves(start))
+    return _first(jnp, num_steps, dtype, optax.tree.cast_like(optax.tree.scale(1 / tree_norm(start), start), start))
+
+
+def _first(xp, num_steps, dtype, vector):
     return State(
-        step=jnp.array(0),
-        alphas=jnp.zeros(num_steps, dtype),
-        betas=jnp.zeros(num_steps, dtype),
-        scale=jnp.zeros((), dtype),
-        alive=jnp.array(True),
-        num_valid=jnp.array(0, int),  # not weakly typed: the first step is one program with the others
-        vector=optax.tree.cast_like(optax.tree.scale(1 / tree_norm(start), start), start),
+        step=xp.array(0, int),  # not weakly typed: the first step is one program with the others
+        alphas=xp.zeros(num_steps, dtype),
+        betas=xp.zeros(num_steps, dtype),
+        scale=xp.zeros((), dtype),
+        alive=xp.array(True),
+        num_valid=xp.array(0, int),
+        vector=vector,
     )
 
 
@@ -164,15 +168,7 @@ def begin_in_numpy(start, num_steps):
     """As `begin`, of arrays in the memory of a CPU."""
     start = jax.tree.map(np.asarray, start)
     dtype, size = at_least_float32(*jax.tree.leaves(start)), norm_in_numpy(start)
-    return State(
-        step=np.array(0),
-        alphas=np.zeros(num_steps, dtype),
-        betas=np.zeros(num_steps, dtype),
-        scale=np.zeros((), dtype),
-        alive=np.array(True),
-        num_valid=np.array(0),
-        vector=jax.tree.map(lambda x: np.asarray(x / size, x.dtype), start),
-    )
+    return _first(np, num_steps, dtype, jax.tree.map(lambda x: np.asarray(x / size, x.dtype), start))
 
 
 @standard_promotion
@@ -208,7 +204,7 @@ def norm_in_numpy(tree):
 
 
 def placed(x, like):
-    """An array of numpy as one of JAX, where another is bound to; nothing is compiled for it."""
+    """An array of numpy as one of JAX, on the device that another is bound to; nothing is compiled for it."""
     if not isinstance(x, np.ndarray):
         return x
     if not (isinstance(like, jax.Array) and like.committed):
