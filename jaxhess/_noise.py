@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
@@ -112,7 +113,8 @@ def _growth(products, scale):
 def apply_rows(operator: Callable, vectors: PyTree) -> PyTree:
     """Row by row, so that the one compiled product of Lanczos serves; in float64 on the host."""
     count = len(jax.tree.leaves(vectors)[0])
-    rows = [operator(jax.device_put(take_row(vectors, i))) for i in range(count)]
+    # Not device_put, which refuses rows that are spread over several processes.
+    rows = [operator(jax.tree.map(jnp.asarray, take_row(vectors, i))) for i in range(count)]
     return jax.tree.map(lambda *parts: np.stack([to_host(part).astype(np.float64) for part in parts]), *rows)
 
 
