@@ -44,25 +44,18 @@ class Blocks(Linear):
     layers: tuple[Layer, ...]
     at_a_time: int  # layers that are taken side by side
 
-    def __call__(self, params, batch, parts):
-        found = []
-        for i in range(0, len(self.layers), self.at_a_time):
-            some = slice(i, i + self.at_a_time)
-            found += self._of_layers(params, batch, self.layers[some], parts[some])
-        return tuple(found)
-
     @full_precision
-    def _of_layers(self, params, batch, layers, parts):
+    def __call__(self, params, batch, parts):
         leaves, of_ggn = jax.tree.leaves(params), self.curvature == "ggn"
         if of_ggn:
             function = lambda p: self.loss.predict(p, batch)
         else:
             function = twice_differentiated(self.curvature, self.loss, params, batch)
-        tape = tape_of(function, params, leaves_of(layers))
+        tape = tape_of(function, params, leaves_of(self.layers))
         (out,) = (tape.values[place] for place in tape.outs)
         slopes = {} if of_ggn else tape.slopes([jnp.ones_like(out)])
 
-        def form(others):
+        def form(others, layers, parts):
             directions = [[[x[None] for x in jax.tree.leaves(part)] for part in way] for way in (parts, others)]
             curves = curves_of(leaves, layers, *directions)
             if not of_ggn:
@@ -70,7 +63,11 @@ class Blocks(Linear):
             (found,) = tape.firsts(curves)
             return 0.0 if found is None else self._ggn_form(out, batch, found)
 
-        return jax.grad(form)(jax.tree.map(jnp.zeros_like, parts))
+        found = []
+        for i in range(0, len(self.layers), self.at_a_time):
+            layers, some = self.layers[i : i + self.at_a_time], parts[i : i + self.at_a_time]
+            found += jax.grad(lambda others, of=(layers, some): form(others, *of))(jax.tree.map(jnp.zeros_like, some))
+        return tuple(found)
 
     def _ggn_form(self, outputs, batch, found):
         product = partial(as_criterion(self.loss.criterion).hessian_product, outputs, batch)
@@ -91,7 +88,7 @@ def blocks_of(problem: Problem, curvature: str, layers: Sequence[Layer], num_ste
     leaves = jax.tree.leaves(likes)
     if problem.many or len(layers) < 2 or any(map(spread, leaves)) or num_steps * tree_bytes(likes) > _ROOM:
         return None
-    if curvature != "hessian" and isinstance(problem.outputs, Logits):
+    if curvature != "hessian" and isinstance(problem.outputs_like, Logits):
         return None
     if not room_for(problem, problem.loss, layers)[0]:
         return None

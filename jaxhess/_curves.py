@@ -25,11 +25,13 @@ from jaxhess._programs import used_inputs, work_of
 
 # Calls whose inside is taken operation by operation. Those with rules of their own for derivatives are left whole.
 _OPENED = frozenset("jit pjit closed_call core_call checkpoint remat remat2".split())
-# Those that bend nothing, and those that are linear in each of their inputs: no trace is needed to tell.
-_LINEAR = frozenset(
-    "add add_any broadcast_in_dim concatenate convert_element_type copy cumsum dynamic_slice expand_dims gather imag "
-    "neg pad real reduce_sum reshape rev select_n slice squeeze sub transpose".split()
+# Known without a trace: those that are their own derivative, all that bend nothing, and those that are linear in each
+# of their inputs.
+_OWN_SLOPE = frozenset(
+    "broadcast_in_dim convert_element_type copy cumsum dynamic_slice expand_dims imag neg real reduce_sum reshape rev "
+    "slice squeeze transpose".split()
 )
+_LINEAR = _OWN_SLOPE | frozenset("add add_any concatenate gather pad select_n sub".split())
 _BILINEAR = frozenset("conv_general_dilated dot_general mul".split())
 
 
@@ -106,8 +108,7 @@ class Tape:
             known = [slopes.get(step.outs[i]) for i in local.smooth]
             if all(slope is None for slope in known) or not local.bends():
                 return
-            bends = _over_rows(local.bend, [x for of_inputs in directions for x in of_inputs])
-            for x, slope in zip(bends, known, strict=True):
+            for x, slope in zip(_over_rows(local.bend, sum(directions, ())), known, strict=True):
                 if slope is not None:  # added up before they are summed: the compiler makes one loop of such products
                     _add(found, (tuple(some), slope.shape), _weighted(x, slope[None, None]))
 
@@ -251,19 +252,26 @@ class _Local(NamedTuple):
         return tuple(self.ins[i] for i in self.places)
 
     def slope(self, *v):
-        return jax.jvp(self, self.point, v)[1]
+        name = self.eqn.primitive.name  # JAX takes longer to trace jvp than what is known without it
+        if len(v) == 1 and name in _OWN_SLOPE | _BILINEAR:
+            return self(*v)
+        return self._mixed(v, self.point) if name in _BILINEAR else jax.jvp(self, self.point, v)[1]
 
     def bend(self, *both):
         """The second derivative along two directions, one after the other in ``both``."""
         v, u = both[: len(self.places)], both[-len(self.places) :]
+        if self.eqn.primitive.name in _BILINEAR:
+            return self._mixed(v, u)
         return jax.jvp(lambda *x: jax.jvp(self, x, v)[1], self.point, u)[1]
+
+    def _mixed(self, v, u):
+        return [x + y for x, y in zip(self(v[0], u[1]), self(u[0], v[1]), strict=True)]
 
     def bends(self):
         """Whether the second derivative depends on the direction: if not, it is zero."""
-        if self.eqn.primitive.name in _LINEAR:
-            return False
-        if self.eqn.primitive.name in _BILINEAR:
-            return len(self.places) > 1
+        name = self.eqn.primitive.name
+        if name in _LINEAR | _BILINEAR:
+            return name in _BILINEAR and len(self.places) > 1
         shapes = [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in self.point]
         closed = jax.make_jaxpr(self.bend)(*shapes)
         return any(used_inputs(getattr(closed, "jaxpr", closed)))

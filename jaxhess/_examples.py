@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxhess._trees import full_precision
 from jaxhess.logits import Logits
@@ -20,10 +21,11 @@ _GROUPS = 16  # of examples: with more of them the noise between examples is no 
 _GROUP_BYTES = 2**28  # for what all groups hold
 
 
-def independent_examples(loss: Objective, params: PyTree, batch: PyTree, outputs: jax.Array) -> tuple[bool, ...] | None:
+def independent_examples(loss: Objective, params: PyTree, batch: PyTree, outputs: Any) -> tuple[bool, ...] | None:
     """For each array of the batch whether it holds one entry for each example; None if examples are not independent.
 
-    They are if each taken alone has the outputs that it has in the batch, and the same slopes.
+    They are if each taken alone has the outputs that it has in the batch, and the same slopes. Of ``outputs``, what
+    ``predict`` says of the batch, only the shape is looked at.
     """
     if outputs.ndim < 2 or isinstance(outputs, Logits):
         return None
@@ -31,7 +33,8 @@ def independent_examples(loss: Objective, params: PyTree, batch: PyTree, outputs
     if of_examples is None:
         return None
     try:
-        same = _alike(loss, of_examples, params, batch)
+        noise = np.random.default_rng(0).standard_normal(outputs.shape)
+        same = _alike(loss, of_examples, params, batch, noise.astype(outputs.dtype))
     except Exception:  # of a batch that cannot be taken apart along its first axis the user's code may raise anything
         return None
     return of_examples if bool(same) else None
@@ -66,7 +69,7 @@ def _of_examples(loss, params, batch, outputs):
 
 @partial(jax.jit, static_argnums=(0, 1))
 @full_precision
-def _alike(loss, of_examples, params, batch):
+def _alike(loss, of_examples, params, batch, noise):
     """Whether the batch has the outputs of its examples taken alone, and the gradient of one random sum of them.
 
     In reverse mode, as the rows of the Gram matrix: a net may have no other.
@@ -79,7 +82,6 @@ def _alike(loss, of_examples, params, batch):
         return jax.vmap(lambda i: loss.predict(p, one_example(batch, of_examples, i))[0])(jnp.arange(len(outputs)))
 
     outputs, pull = jax.vjp(together, params)
-    noise = jax.random.normal(jax.random.key(0), outputs.shape, outputs.dtype)
     apart, pull_apart = jax.vjp(alone, params)
     return _same(outputs, apart) & _same(pull(noise), pull_apart(noise))
 
@@ -103,12 +105,12 @@ def one_example(batch: PyTree, of_examples: tuple[bool, ...], i: Any) -> PyTree:
     return jax.tree.unflatten(treedef, cut)
 
 
-def fits_into(of_examples: Sequence[bool] | None, outputs: jax.Array, bytes_each: int) -> int:
+def fits_into(of_examples: Sequence[bool] | None, outputs: Any, bytes_each: int) -> int:
     """Into how many groups of one size the examples go: as many as fit, up to `_GROUPS`; 1 if they are not independent.
 
     Args:
       of_examples: as `independent_examples` returns it.
-      outputs: of the whole batch.
+      outputs: of the whole batch, or their shape and type.
       bytes_each: what one group holds beside its examples.
     """
     if of_examples is None:

@@ -18,7 +18,7 @@ from jaxhess._samples import FactorSamples, ProductSamples, Samples
 from jaxhess._sweep import Sweep
 from jaxhess._trees import automatic, sampler
 from jaxhess.estimates import Estimate, Plan
-from jaxhess.objective import Objective, factored
+from jaxhess.objective import Objective
 from jaxhess.operators import product_at
 from jaxhess.problem import Problem
 from jaxhess.selections import Layer
@@ -107,7 +107,7 @@ def _finite(problem, curvature, names, found):
 
 
 def _samples(problem, curvature, layers, probe, method) -> Samples:
-    criterion = factored(problem.loss.criterion, problem.outputs, problem.first) if curvature == "ggn" else None
+    criterion = problem.factored() if curvature == "ggn" else None
     if criterion is None:
         at = product_at(curvature, problem, problem.whole)
         return ProductSamples(at, layers, sampler(probe), problem.covered)

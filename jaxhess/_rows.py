@@ -28,7 +28,7 @@ _TRIED = 2  # perturbed parameters at which the rounding of rows is seen
 def known_outputs(problem: Problem) -> jax.Array:
     """The outputs of the first batch; TypeError under ``jit``."""
     instead = "call it outside; ggn and layer_traces run inside too"
-    if isinstance(problem.outputs, Logits):
+    if isinstance(problem.outputs_like, Logits):
         raise ValueError(
             "rows of G and probabilities are taken from an array of outputs, and predict returns Logits, which are "
             "never formed; take traces and spectra by products, or let predict return features @ kernel + bias"

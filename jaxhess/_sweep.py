@@ -129,13 +129,13 @@ class Sweep:
 
 def sweep_of(problem: Problem, distribution: Callable) -> Sweep | None:
     """Where the outputs have second derivatives in forward mode, and room for those along all layers; else None."""
-    if not isinstance(problem.loss, Objective) or isinstance(problem.outputs, Logits):
+    if not isinstance(problem.loss, Objective) or isinstance(problem.outputs_like, Logits):
         return None
     parts = () if problem.covered else problem.parts()
-    groups = fits_into(problem.of_examples, problem.outputs, held_by(problem.params, problem.layers + parts))
+    groups = fits_into(problem.of_examples, problem.outputs_like, held_by(problem.params, problem.layers + parts))
     side_by_side, share = room_for(problem, problem.loss.predict, problem.layers + parts, groups)
     samples = SweepSamples(problem.loss, problem.layers, distribution, parts, problem.of_examples, share, side_by_side)
-    if side_by_side and works(problem, samples, jax.random.split(jax.random.key(0), 1)):
+    if side_by_side and works(problem, samples, jax.random.split(jax.random.key(0), LEAST)):
         predict = program(problem.loss.predict, problem.params, problem.first)
         work, along = work_along(predict, problem.layers + parts)
         read = _OF_PARAMETER * held_by(problem.params, problem.layers + parts) // 4

@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxhess._checks import at_least_float32, check_choice, standard_promotion
+from jaxhess._checks import at_least_float32, check_choice, is_traced, standard_promotion
 
 PyTree = Any
 UNROLLED = 16  # rows of `map_rows` up to here stand one after another; the time to compile grows with them
@@ -177,10 +177,17 @@ def own_eps(like: PyTree) -> float:
     return max(float(jnp.finfo(at_least_float32(x)).eps) for x in jax.tree.leaves(like))
 
 
-@jax.jit
-def leaves_finite(tree: PyTree) -> list[jax.Array]:
+def leaves_finite(tree: PyTree) -> list[Any]:
     """For each leaf whether all of its numbers are finite."""
-    return [jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]
+    leaves = jax.tree.leaves(tree)
+    if not is_traced(leaves) and all(map(numpy_reads, leaves)):  # where there is nothing to compile
+        return [np.isfinite(x).all() for x in leaves]
+    return _leaves_finite(leaves)
+
+
+@jax.jit
+def _leaves_finite(leaves):
+    return [jnp.isfinite(x).all() for x in leaves]
 
 
 # ---- rows, stacked along a leading axis ----

@@ -19,10 +19,10 @@ from jaxhess._programs import ends_in_softmax, rounding_of
 from jaxhess._slips import check_batch, check_parameters, hints
 from jaxhess._trees import automatic, full_precision, leaves_finite
 from jaxhess.batches import Batches, first_batch, leading_axis
-from jaxhess.criteria import CrossEntropy
+from jaxhess.criteria import Criterion, CrossEntropy
 from jaxhess.layers import Modules, modules_of, ordered_names
 from jaxhess.logits import Logits
-from jaxhess.objective import Objective, as_criterion
+from jaxhess.objective import Objective, as_criterion, factored
 from jaxhess.selections import Layer, Selection, Selections, check_selections, find_layer, select, whole_net
 
 PyTree = Any
@@ -106,10 +106,22 @@ class Problem:
         return outputs_of(self.loss, self.params, self.first)
 
     @cached_property
+    def outputs_like(self) -> Any:
+        """The shape and type of the outputs, for which nothing is compiled."""
+        return jax.eval_shape(partial(outputs_of, self.loss), self.params, self.first)
+
+    def factored(self, **options: Any) -> Criterion | None:
+        """As `jaxhess.objective.factored`, of the criterion of an objective at the first batch."""
+        if isinstance(self.outputs_like, Logits):
+            return None
+        known = as_criterion(self.loss.criterion)
+        return known if known.knows_factor else factored(self.loss.criterion, self.outputs, self.first, **options)
+
+    @cached_property
     def of_examples(self) -> tuple[bool, ...] | None:
         """Which arrays of the first batch hold an entry for each example; None where examples are not independent."""
         params, batch = jax.tree.map(automatic, (self.params, self.first))
-        return independent_examples(self.loss, params, batch, jax.tree.map(automatic, self.outputs))
+        return independent_examples(self.loss, params, batch, self.outputs_like)
 
     def mean(self, function: Callable, args: Callable[[int | None], tuple]) -> PyTree:
         """The mean of ``function(params, batch, *args(number))`` over all examples; number is None for one batch."""
@@ -269,13 +281,14 @@ def check_values(loss, params, batch):
 
 def _check_mean(loss, params, batches):
     """ValueError for a loss over several batches that is not a mean over independent examples, by a trial on some."""
-    some = list(itertools.islice(batches, 2))
+    first, *others = itertools.islice(batches, 2)
     # A random key that is cut in halves would give other random numbers than the whole.
-    if len(some) < 2 or is_traced(params, some[0]) or any(map(_is_key, jax.tree.leaves((params, some[0])))):
+    if not others or is_traced(params, first) or any(map(_is_key, jax.tree.leaves((params, first)))):
         return
     try:
-        count = _examples(loss, params, some[0]) // 2 * 2
-        whole, *halves = [_rows(some[0], *ends) for ends in ((0, count), (0, count // 2), (count // 2, count))]
+        most = len(jax.eval_shape(loss.predict, params, first)) if isinstance(loss, Objective) else leading_axis(first)
+        count = min(8, most) // 2 * 2
+        whole, *halves = [_rows(first, *ends) for ends in ((0, count), (0, count // 2), (count // 2, count))]
         sizes = [float(batches.size(half)) for half in halves]
         values = [float(compute(loss, params, part, ())) for part in (whole, *halves)]
         rounding = rounding_of(loss, params, whole)
@@ -290,13 +303,6 @@ def _check_mean(loss, params, batches):
             f"examples have weights, size= must be the sum of the weights. Batches(..., check=False) takes the mean "
             f"over batches as it is"
         )
-
-
-def _examples(loss, params, batch):
-    """How many examples to try: eight, or as many as there are."""
-    if isinstance(loss, Objective):
-        return min(8, len(jax.eval_shape(loss.predict, params, batch)))
-    return min(8, leading_axis(batch))
 
 
 def _rows(batch, start, stop):

@@ -30,7 +30,7 @@ from jaxhess._trees import (
 from jaxhess._xtrace import samples as xtrace
 from jaxhess.estimates import Estimate, Plan
 from jaxhess.gram import row_traces
-from jaxhess.objective import NoFactorError, Objective, factored
+from jaxhess.objective import NoFactorError, Objective
 from jaxhess.operators import product
 from jaxhess.problem import Problem, check_values, pose
 from jaxhess.selections import Selections
@@ -260,7 +260,8 @@ def _sum(found):
 
 def _rows_are_cheap(problem, plan):
     """Whether an example has not many more outputs than there are probes, and does not depend on others."""
-    each = problem.outputs.size // max(1, len(problem.outputs)) if problem.outputs.ndim > 1 else np.inf
+    outputs = problem.outputs_like
+    each = outputs.size // max(1, len(outputs)) if outputs.ndim > 1 else np.inf
     if each > 2 * plan.num_probes:  # for twice the time the error is gone
         return False
     return each * tree_bytes(problem.params) <= 2**30 and problem.of_examples is not None
@@ -274,7 +275,7 @@ def _splits(problem):
     if not isinstance(problem.loss, Objective) or problem.of_examples is None:
         return False
     try:
-        return factored(problem.loss.criterion, problem.outputs, problem.first) is not None
+        return problem.factored() is not None
     except NoFactorError:
         return False
 

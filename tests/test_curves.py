@@ -21,8 +21,8 @@ X, IMAGES = helpers.normal(0, 4, 6), helpers.normal(1, 2, 8, 8, 3)
 W, V, SQUARE, KERNEL = (helpers.normal(*at) for at in ((2, 6, 5), (3, 5, 3), (4, 6, 6), (5, 3, 3, 3, 4)))
 
 
-def conv(w):
-    return jax.lax.conv_general_dilated(IMAGES, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+def conv(w, images=IMAGES):
+    return jax.lax.conv_general_dilated(images, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 VALUES = helpers.normal(6, 2, 3, 1, 5)
@@ -34,6 +34,11 @@ def attention(q, k):
     )
 
 
+def rearranged(w):
+    part = jax.lax.dynamic_slice(w.T.reshape(5, 3, 2), (jnp.argmax(X[0]) % 3, 0, 0), (2, 3, 2))
+    return jnp.sum(jnp.broadcast_to(jnp.flip(jnp.cumsum(-part, 0), 1)[:, 1:, :, None], (2, 2, 2, 4)), 2)
+
+
 # function, arguments, and which of them bend it
 OPERATIONS = {
     "square": (lambda w: w * w, [W], {0}),
@@ -43,6 +48,10 @@ OPERATIONS = {
     "gelu and layer norm": (lambda w: nn.standardize(jax.nn.gelu(X @ w)), [W], {0}),
     "log softmax": (lambda w: jax.nn.log_softmax(X @ w), [W], {0}),
     "attention": (attention, [W, W + 1], {0, 1}),
+    "conv of what the kernel makes": (lambda w: conv(w, IMAGES * w.sum()), [KERNEL], {0}),
+    "rearranged": (rearranged, [W], set()),
+    "rearranged and squared": (lambda w: rearranged(w) ** 2, [W], {0}),
+    "out of bounds": (lambda w: jnp.asarray(w).at[jnp.array([1, 9])].get(mode="fill", fill_value=2.0) ** 3, [W], {0}),
     "max pool": (lambda w: nn.max_pool(jnp.tanh(conv(w)), (2, 2), (2, 2)), [KERNEL], {0}),
     "average pool": (lambda w: nn.avg_pool(jax.nn.relu(conv(w)), (2, 2), (2, 2)), [KERNEL], set()),
     "scan": (lambda w: jax.lax.scan(lambda c, x: (jnp.tanh(c @ w), c), X, jnp.arange(3)), [SQUARE], {0}),
