@@ -252,7 +252,7 @@ class _Local(NamedTuple):
         return tuple(self.ins[i] for i in self.places)
 
     def slope(self, *v):
-        name = self.eqn.primitive.name  # JAX takes longer to trace jvp than what is known without it
+        name = self.eqn.primitive.name  # tracing jvp takes longer than a rule that is known
         if len(v) == 1 and name in _OWN_SLOPE | _BILINEAR:
             return self(*v)
         return self._mixed(v, self.point) if name in _BILINEAR else jax.jvp(self, self.point, v)[1]

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxhess._trees import full_precision
 from jaxhess.logits import Logits
@@ -25,7 +24,7 @@ def independent_examples(loss: Objective, params: PyTree, batch: PyTree, outputs
     """For each array of the batch whether it holds one entry for each example; None if examples are not independent.
 
     They are if each taken alone has the outputs that it has in the batch, and the same slopes. Of ``outputs``, what
-    ``predict`` says of the batch, only the shape is looked at.
+    ``predict`` says of the batch, only the shape and the type are looked at.
     """
     if outputs.ndim < 2 or isinstance(outputs, Logits):
         return None
@@ -33,8 +32,7 @@ def independent_examples(loss: Objective, params: PyTree, batch: PyTree, outputs
     if of_examples is None:
         return None
     try:
-        noise = np.random.default_rng(0).standard_normal(outputs.shape)
-        same = _alike(loss, of_examples, params, batch, noise.astype(outputs.dtype))
+        same = _alike(loss, of_examples, params, batch)
     except Exception:  # of a batch that cannot be taken apart along its first axis the user's code may raise anything
         return None
     return of_examples if bool(same) else None
@@ -69,7 +67,7 @@ def _of_examples(loss, params, batch, outputs):
 
 @partial(jax.jit, static_argnums=(0, 1))
 @full_precision
-def _alike(loss, of_examples, params, batch, noise):
+def _alike(loss, of_examples, params, batch):
     """Whether the batch has the outputs of its examples taken alone, and the gradient of one random sum of them.
 
     In reverse mode, as the rows of the Gram matrix: a net may have no other.
@@ -82,6 +80,9 @@ def _alike(loss, of_examples, params, batch, noise):
         return jax.vmap(lambda i: loss.predict(p, one_example(batch, of_examples, i))[0])(jnp.arange(len(outputs)))
 
     outputs, pull = jax.vjp(together, params)
+    # With a key that XLA sees, it would draw the numbers itself, while it compiles.
+    key = jax.random.key(jax.lax.optimization_barrier(jnp.uint32(0)))
+    noise = jax.random.normal(key, outputs.shape, outputs.dtype)
     apart, pull_apart = jax.vjp(alone, params)
     return _same(outputs, apart) & _same(pull(noise), pull_apart(noise))
 

@@ -281,9 +281,9 @@ def check_values(loss, params, batch):
 
 def _check_mean(loss, params, batches):
     """ValueError for a loss over several batches that is not a mean over independent examples, by a trial on some."""
-    first, *others = itertools.islice(batches, 2)
+    some = list(itertools.islice(batches, 2))
     # A random key that is cut in halves would give other random numbers than the whole.
-    if not others or is_traced(params, first) or any(map(_is_key, jax.tree.leaves((params, first)))):
+    if len(some) < 2 or is_traced(params, first := some[0]) or any(map(_is_key, jax.tree.leaves((params, first)))):
         return
     try:
         most = len(jax.eval_shape(loss.predict, params, first)) if isinstance(loss, Objective) else leading_axis(first)
