@@ -13,8 +13,9 @@ import scipy.linalg
 
 from jaxhess._checks import NotFiniteError, check_count
 from jaxhess._diagnosis import why_not_finite
-from jaxhess._rows import Rows
+from jaxhess._rows import Rows, known_outputs
 from jaxhess._trees import full_precision, own_eps, to_host
+from jaxhess.logits import Logits
 from jaxhess.objective import NoFactorError, Objective
 from jaxhess.problem import Problem, pose
 from jaxhess.selections import Layer, Selection, Selections
@@ -90,12 +91,14 @@ def gram_rows(problem: Problem) -> int:
     """The rows of the Gram matrix of G; 0 where there is none: a plain loss, `Batches`, no factor of the criterion."""
     if problem.many or not isinstance(problem.loss, Objective):
         return 0
-    outputs = problem.outputs_like
+    if isinstance(problem.outputs_like, Logits):
+        return 0
+    outputs = known_outputs(problem)
     try:
-        criterion = problem.factored(max_classes=outputs.shape[-1])
+        problem.factored(max_classes=outputs.shape[-1])
     except NoFactorError:
         return 0
-    return 0 if criterion is None else outputs.size
+    return outputs.size
 
 
 def nonzero(gram: np.ndarray, rtol: float, scale: float | None = None) -> np.ndarray:
