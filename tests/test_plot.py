@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.integrate
 
 import jaxhess as jh
 
@@ -47,7 +48,7 @@ def test_the_density_of_one_spectrum(ax):
     assert plot.densities(ONE, ax) is ax
     (line,) = ax.lines
     grid, log_density = line.get_data()
-    np.testing.assert_allclose(np.trapezoid(10.0**log_density, grid), 1, rtol=1e-3)
+    np.testing.assert_allclose(scipy.integrate.trapezoid(10.0**log_density, grid), 1, rtol=1e-3)
     np.testing.assert_array_equal(grid, ONE.density()[0])
     np.testing.assert_allclose(log_density, plot.at_least_one(ONE).log_density()[1] / math.log(10))
     assert ax.get_legend() is None and ax.get_xlabel() == "eigenvalue"
