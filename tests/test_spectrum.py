@@ -472,6 +472,7 @@ def test_chosen_layers_are_those_of_all(options):
     some = jh.layer_spectra(p.objective, p.params, p.batch, key=jax.random.key(3), layers=["fc2", "fc1"], **options)
     assert list(some) == ["fc1", "fc2", "total"] and len(every) == 4
     for layer, spectrum in some.items():
-        np.testing.assert_array_equal(spectrum.nodes, every[layer].nodes)
+        # Another program, with another rounding.
+        np.testing.assert_allclose(spectrum.nodes, every[layer].nodes, rtol=0, atol=1e-6 * spectrum.lambda_max)
     with pytest.raises(ValueError, match="fc9"):
         jh.layer_spectra(p.objective, p.params, p.batch, key=jax.random.key(3), layers=["fc9"], **options)
