@@ -150,21 +150,6 @@ class Summary(Mapping):
         body = "".join(f"<tr><th>{row[0]}</th>{''.join(f'<td>{cell}</td>' for cell in row[1:])}</tr>" for row in rows)
         return f"<table><thead><tr><th>{'</th><th>'.join(head)}</th></tr></thead><tbody>{body}</tbody></table>"
 
-    def to_pandas(self) -> Any:
-        """A `pandas.DataFrame` of plain numbers, a row for each layer; standard errors of traces in their own columns.
-
-        Raises:
-          ImportError: if pandas is not installed.
-        """
-        import pandas  # only here: nothing else needs it
-
-        rows = {}
-        for name, columns in self.to_dict().items():
-            rows[name] = row = dict(columns)
-            for column in ("trace", "ggn_trace"):
-                row[column], row[f"{column}_error"] = columns[column] or (None, None)
-        return pandas.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
-
 
 def summarize(
     objective: Callable,

@@ -46,7 +46,7 @@ PURE = {
     "preconditioning": {"_checks", "_linear", "_programs", "_trees"},
 }
 # Imported when called, where they are.
-OPTIONAL = {"monitor": {"tensorboardX", "torch"}, "plot": {"matplotlib"}, "summary": {"pandas"}}
+OPTIONAL = {"monitor": {"tensorboardX", "torch"}, "plot": {"matplotlib"}}
 PUBLIC = sorted(name for name, value in vars(jh).items() if not (name.startswith("_") or inspect.ismodule(value)))
 
 
